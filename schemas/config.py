@@ -1,0 +1,71 @@
+"""Configuration of a stage: one frozen pydantic model that flags and recipes both build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from schemas.errors import PairmillError, suggest
+
+C = TypeVar("C", bound="StageConfig")
+
+
+def identity(default: Any, description: str, **options: Any) -> Any:
+    """A field that decides what the stage's rows are (model, weights, preprocessing, precision)."""
+    return Field(default, description=description, json_schema_extra={"role": "identity"}, **options)
+
+
+def execution(default: Any, description: str, **options: Any) -> Any:
+    """A field that decides only how the stage runs (device, workers, batch size, selection)."""
+    return Field(default, description=description, json_schema_extra={"role": "execution"}, **options)
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's configuration. Unknown keys are errors; every field has a role."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def roles(cls) -> dict[str, str]:
+        """Field name -> 'identity' or 'execution'. A nested configuration is identity as a whole."""
+        return {
+            name: (field.json_schema_extra or {}).get("role", "identity")  # type: ignore[union-attr]
+            for name, field in cls.model_fields.items()
+        }
+
+    def identity_fields(self) -> dict[str, Any]:
+        """The identity part as plain JSON values."""
+        roles = self.roles()
+        return {k: v for k, v in self.model_dump(mode="json").items() if roles[k] == "identity"}
+
+    def execution_fields(self) -> dict[str, Any]:
+        """The execution part as plain JSON values."""
+        roles = self.roles()
+        return {k: v for k, v in self.model_dump(mode="json").items() if roles[k] == "execution"}
+
+
+def build_config(cls: type[C], values: dict[str, Any], where: str) -> C:
+    """`cls(**values)`, with pydantic's complaints turned into one PairmillError that names `where`.
+
+    Raises PairmillError: unknown key (with the nearest known one) or a value that does not fit.
+    """
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                lines.append(f"unknown key `{name}`.{suggest(name, cls.model_fields)}")
+            else:
+                lines.append(f"`{name}`: {item['msg']}, got {item['input']!r}.")
+        raise PairmillError(f"{where}: " + " ".join(lines)) from None
+
+
+def fingerprint(fields: dict[str, Any]) -> str:
+    """blake2b-128 (32 hex digits) of the fields as canonical JSON."""
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
