@@ -5,9 +5,9 @@
         got = {"image_features": model(case.inputs["image"]), ...}
         check_outputs(case, got, left_out={"name": "why nobody compares it"})
 
-A case is a folder with case.json (`config`, `tolerance`, `quirks`) and either tensors.safetensors (`in.*`, `out.*`)
-or data.json (`in`, `out`); weights.safetensors where the original had weights. Cases lie in the folder named by
-PAIRMILL_PARITY, by default tests/parity/cases.
+A case is a folder with case.json (`config`, `tolerance`, `quirks`) and either tensors.safetensors (`in.*`,
+`out.*`) or data.json (`in`, `out`); weights.safetensors where the original had weights. Cases lie in the
+folder named by PAIRMILL_PARITY, by default tests/parity/cases.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def check_outputs(
     where      output -> bool mask of its leading dimensions: only those entries are compared
     tolerance  output -> (atol, rtol) where a case states another one for it in words
 
-    Raises AssertionError: a value that differs, an output neither compared nor left out, a name the case has not.
+    Raises AssertionError: a value that differs, an output neither compared nor left out, a name that the case
+    does not have.
     """
     left_out, where, tolerance = left_out or {}, where or {}, tolerance or {}
     named = {*got, *left_out}
