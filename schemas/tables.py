@@ -1,0 +1,33 @@
+"""What every table of ours carries: its name and version in the schema metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from schemas.errors import PairmillError
+
+_NAME, _VERSION = b"pairmill.schema", b"pairmill.version"
+
+# Footer entries of shard files.
+COUNTS = b"pairmill.counts"  # JSON: rows by status or state
+DIGEST = b"pairmill.digest"  # pairs: blake2b of (status, sha256); scores, features: that of the pairs they were made from
+
+
+def table_schema(name: str, version: int, fields: Iterable[pa.Field], extra: dict[bytes, bytes] | None = None) -> pa.Schema:
+    """A schema that says what it is."""
+    meta = {_NAME: name.encode(), _VERSION: str(version).encode(), **(extra or {})}
+    return pa.schema(list(fields), metadata=meta)
+
+
+def check_schema(schema: pa.Schema, name: str, version: int, where: str) -> None:
+    """Raises PairmillError where the file is another kind of table or newer than this program."""
+    meta = schema.metadata or {}
+    found, number = meta.get(_NAME, b"").decode(), int(meta.get(_VERSION, b"0"))
+    if found != name:
+        raise PairmillError(f"{where} holds {found or 'no pairmill table'}, expected {name}.")
+    if number > version:
+        raise PairmillError(
+            f"{where} was written as {name} version {number}; this pairmill reads up to {version}. Install a newer pairmill."
+        )

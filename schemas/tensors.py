@@ -1,0 +1,96 @@
+"""Tensors as Arrow columns.
+
+Two kinds. `fixed_tensor`: embeddings of up to 4 KB a row, `arrow.fixed_shape_tensor` fp16. `blob_tensor`: everything
+larger or ragged, `large_binary`, little-endian, C order, its shape columns beside it; element type and shape are in the
+field's metadata, so a null row costs nothing and the buffer is read without a copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.errors import PairmillError
+
+_KEY = b"pairmill.tensor"
+_DTYPES = {"uint8": np.dtype("u1"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "int32": np.dtype("<i4")}
+
+
+def fixed_tensor(name: str, dim: int) -> pa.Field:
+    """A column of fp16 vectors [dim]."""
+    return pa.field(name, pa.fixed_shape_tensor(pa.float16(), [dim]))
+
+
+def blob_tensor(name: str, dtype: str, shape: Sequence[int | str]) -> pa.Field:
+    """A column of ragged tensors. A str in `shape` names the int column that holds that length."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"`dtype` must be one of {sorted(_DTYPES)}, got {dtype!r}")
+    meta = json.dumps({"dtype": dtype, "shape": list(shape)})
+    return pa.field(name, pa.large_binary(), metadata={_KEY: meta.encode()})
+
+
+def tensor_spec(field: pa.Field) -> tuple[np.dtype, list[int | str]] | None:
+    """(element type, shape) of a blob field, or None for any other field."""
+    meta = (field.metadata or {}).get(_KEY)
+    if meta is None:
+        return None
+    spec = json.loads(meta)
+    return _DTYPES[spec["dtype"]], spec["shape"]
+
+
+def to_blob(array: np.ndarray, field: pa.Field) -> bytes:
+    """The array's bytes in the field's element type, little-endian, C order."""
+    spec = tensor_spec(field)
+    if spec is None:
+        raise ValueError(f"`{field.name}` is not a blob tensor column")
+    return np.ascontiguousarray(array, dtype=spec[0]).tobytes()
+
+
+def from_blob(field: pa.Field, scalar: pa.Scalar, shapes: Mapping[str, int]) -> np.ndarray | None:
+    """The tensor of one row as a read-only view of the mapped file, or None where the row is null.
+
+    Raises PairmillError when the bytes do not fit the shape columns (a damaged file).
+    """
+    if not scalar.is_valid:
+        return None
+    spec = tensor_spec(field)
+    if spec is None:
+        raise ValueError(f"`{field.name}` is not a blob tensor column")
+    dtype, shape = spec
+    dims = [shapes[d] if isinstance(d, str) else d for d in shape]
+    flat = np.frombuffer(scalar.as_buffer(), dtype=dtype)
+    if flat.size != int(np.prod(dims)):
+        raise PairmillError(
+            f"`{field.name}` holds {flat.size} values where its shape {dims} needs {int(np.prod(dims))}: "
+            "the feature file is damaged. Delete that shard's file and run the extract command again."
+        )
+    return flat.reshape(dims)
+
+
+def fixed_to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A fixed-tensor column as fp16 [rows, dim]; null rows are NaN."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if isinstance(column, pa.ChunkedArray):  # no rows
+        return np.empty((0, column.type.shape[0]), np.float16)
+    dim = column.type.shape[0]
+    storage = column.storage
+    values = storage.values.to_numpy(zero_copy_only=True)
+    start = storage.offset * dim
+    out = values[start : start + len(storage) * dim].reshape(len(storage), dim)
+    if storage.null_count:
+        out = out.copy()
+        out[np.asarray(storage.is_null())] = np.nan
+    return out
+
+
+def array_to_fixed(array: np.ndarray, valid: np.ndarray, dim: int) -> pa.Array:
+    """fp16 [rows, dim] as a fixed-tensor column, null where `valid` is False."""
+    flat = np.ascontiguousarray(array, dtype=np.float16).reshape(-1)
+    storage = pa.FixedSizeListArray.from_arrays(
+        pa.array(flat, pa.float16()), dim, mask=pa.array(~np.asarray(valid, dtype=bool))
+    )
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), [dim]), storage)

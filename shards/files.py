@@ -1,0 +1,330 @@
+"""Files that are whole or absent, in a local folder or on an fsspec store.
+
+A local file is written under a temporary name in its own folder (host and pid in it), flushed, fsynced and renamed, and
+the folder is fsynced. On a store a file is written to the cache and uploaded whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import socket
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from schemas.errors import PairmillError
+
+_TMP = ".tmp-"
+
+
+# The four calls that touch a file on its way to being whole; tests end the process at each of them.
+def _open(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+
+def _write(fd: int, data: Any) -> int:
+    return os.write(fd, data)
+
+
+def _fsync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def _rename(source: str, target: str) -> None:
+    os.replace(source, target)
+
+
+class _Raw(io.RawIOBase):
+    """A file descriptor as a raw stream whose writes go through `_write`."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += _write(self.fd, view[done:])
+        return done
+
+
+def temporary_name(name: str) -> str:
+    """The name a file has until it is whole."""
+    return f"{_TMP}{socket.gethostname()}-{os.getpid()}-{name}"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `name` is that of a file nobody finished."""
+    return name.startswith(_TMP)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens `path` for writing; it appears, whole, when the block ends well, and never otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(temporary_name(path.name))
+    fd = _open(str(temporary))
+    raw = _Raw(fd)
+    try:
+        stream = io.BufferedWriter(raw, buffer_size=1 << 20)
+        yield stream
+        stream.flush()
+        _fsync(fd)
+        os.close(fd)
+        fd = -1
+        _rename(str(temporary), str(path))
+        _sync_folder(path.parent)
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        _fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Folder(ABC):
+    """A dataset's folder, wherever it lies. Names are relative, with forward slashes."""
+
+    url: str
+
+    @property
+    @abstractmethod
+    def local(self) -> Path | None:
+        """The folder on this machine, or None for a store."""
+
+    @abstractmethod
+    def names(self, inside: str) -> list[str]:
+        """Names of the whole files directly in `inside`, sorted; [] where there is no such folder."""
+
+    @abstractmethod
+    def folders(self, inside: str) -> list[str]:
+        """Names of the folders directly in `inside`, sorted."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool: ...
+
+    @abstractmethod
+    def size(self, name: str) -> int: ...
+
+    @abstractmethod
+    def write(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A stream; the file appears whole when the block ends well, and never otherwise."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None: ...
+
+    @abstractmethod
+    def map_path(self, name: str) -> Path:
+        """A local path of the file's bytes, to be memory-mapped: its own, or a copy in the cache."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """The file for reading, seekable."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Free space, or None where it cannot be known."""
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.open(name) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self.write(name) as stream:
+            stream.write(data)
+
+
+class LocalFolder(Folder):
+    """A folder on this machine or a shared filesystem."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.url = str(self.path)
+
+    @property
+    def local(self) -> Path:
+        return self.path
+
+    def names(self, inside: str) -> list[str]:
+        return self._list(inside, folders=False)
+
+    def folders(self, inside: str) -> list[str]:
+        return self._list(inside, folders=True)
+
+    def _list(self, inside: str, folders: bool) -> list[str]:
+        try:
+            with os.scandir(self.path / inside) as entries:
+                return sorted(e.name for e in entries if e.is_dir() == folders and not is_temporary(e.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def write(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        return atomic_file(self.path / name)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink()
+
+    def map_path(self, name: str) -> Path:
+        return self.path / name
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.path / name).open("rb")
+
+    def free_bytes(self) -> int | None:
+        place = self.path
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+
+class StoreFolder(Folder):
+    """A folder on an fsspec store. Files for mapping are fetched whole into a size-capped cache."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        scheme = url.split("://", 1)[0]
+        try:
+            self.fs, path = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme)
+            mend = f" pip install 'pairmill[{extra}]'" if extra else " Install the fsspec package for it."
+            raise PairmillError(f"{url}: no way to reach a `{scheme}://` store: {error}.{mend}") from None
+        self.path = path.rstrip("/")
+        self.url = url.rstrip("/")
+        self.scheme = scheme
+
+    @property
+    def local(self) -> None:
+        return None
+
+    def _full(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path
+
+    def _list(self, inside: str, kind: str) -> list[str]:
+        try:
+            self.fs.invalidate_cache(self._full(inside))
+            entries = self.fs.ls(self._full(inside), detail=True)
+        except FileNotFoundError:
+            return []
+        names = (PurePosixPath(e["name"].rstrip("/")).name for e in entries if e["type"] == kind)
+        return sorted(n for n in names if not is_temporary(n))
+
+    def names(self, inside: str) -> list[str]:
+        return self._list(inside, "file")
+
+    def folders(self, inside: str) -> list[str]:
+        return self._list(inside, "directory")
+
+    def exists(self, name: str) -> bool:
+        self.fs.invalidate_cache()
+        return self.fs.isfile(self._full(name))
+
+    def size(self, name: str) -> int:
+        return int(self.fs.info(self._full(name))["size"])
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator[BinaryIO]:
+        handle, temporary = tempfile.mkstemp(dir=_cache_folder(), prefix=_TMP)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                yield stream
+            if self.scheme == "memory":  # has no put_file that makes folders
+                with self.fs.open(self._full(name), "wb") as target, open(temporary, "rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            else:
+                self.fs.put_file(temporary, self._full(name))
+        finally:
+            os.unlink(temporary)
+
+    def remove(self, name: str) -> None:
+        self.fs.rm_file(self._full(name))
+
+    def map_path(self, name: str) -> Path:
+        info = self.fs.info(self._full(name))
+        mark = "|".join(str(info.get(k)) for k in ("ETag", "etag", "generation", "LastModified", "mtime", "created", "size"))
+        key = hashlib.blake2b(f"{self.url}/{name}|{mark}".encode(), digest_size=16).hexdigest()
+        target = _cache_folder() / key
+        if not target.exists():
+            _make_room(int(info["size"]))
+            with atomic_file(target) as stream, self.fs.open(self._full(name), "rb") as source:
+                shutil.copyfileobj(source, stream, 1 << 22)
+        os.utime(target)  # last used, for `_make_room`
+        return target
+
+    def open(self, name: str) -> BinaryIO:
+        return self.fs.open(self._full(name), "rb")
+
+    def free_bytes(self) -> int | None:
+        return None
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("PAIRMILL_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pairmill"
+    )
+    folder = Path(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _make_room(size: int) -> None:
+    """Removes the least recently used cached files until `size` more bytes fit under the cap.
+
+    An unlinked file stays readable for the process that has it mapped.
+    """
+    cap = int(float(os.environ.get("PAIRMILL_CACHE_GB", "50")) * 2**30)
+    files = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in _cache_folder().iterdir() if not is_temporary(f.name))
+    used = sum(f[1] for f in files)
+    for _, bytes_, path in files:
+        if used + size <= cap:
+            break
+        path.unlink(missing_ok=True)
+        used -= bytes_
+
+
+def open_folder(url: str | Path) -> Folder:
+    """A folder or an fsspec URL (`s3://bucket/x`, `gs://…`, `memory://…` in one process only)."""
+    text = str(url)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    return StoreFolder(text) if "://" in text else LocalFolder(text)
+
+
+def hash_file(path: str | Path) -> str:
+    """sha256 of a file as 64 hex digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_space(folder: Folder, need: int, what: str) -> None:
+    """Raises PairmillError when `need` bytes do not fit."""
+    free = folder.free_bytes()
+    if free is not None and need > free:
+        raise PairmillError(
+            f"{what} needs about {need / 2**30:.1f} GiB, {folder.url} has {free / 2**30:.1f} GiB free. "
+            "Nothing written. Free space, choose another place, or take fewer rows."
+        )

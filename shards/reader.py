@@ -1,0 +1,140 @@
+"""Shard files out again: Parquet in a stream of row groups, Arrow mapped without a copy."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import PairmillError
+from schemas.tables import COUNTS
+from schemas.tensors import fixed_to_array, from_blob, tensor_spec
+from shards.files import Folder
+
+
+def open_parquet(folder: Folder, name: str) -> pq.ParquetFile:
+    """Raises PairmillError where the file is absent or cut short."""
+    try:
+        source: Any = folder.map_path(name) if folder.local is not None else folder.open(name)
+        return pq.ParquetFile(source, memory_map=folder.local is not None, pre_buffer=folder.local is None)
+    except FileNotFoundError:
+        raise PairmillError(f"{folder.url}/{name} is missing. Run the command that makes it.") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise PairmillError(
+            f"{folder.url}/{name} is damaged ({error}). Delete it and run the command that made it again."
+        ) from None
+
+
+def parquet_footer(folder: Folder, name: str) -> dict[bytes, bytes]:
+    """Key-value metadata of a Parquet file, read from its last bytes."""
+    with open_parquet(folder, name) as file:
+        return dict(file.metadata.metadata or {})
+
+
+def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A whole shard's columns. Raises PairmillError as `open_parquet` does."""
+    with open_parquet(folder, name) as file:
+        return file.read(columns=None if columns is None else list(columns))
+
+
+def row_groups(
+    folder: Folder, name: str, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+) -> Iterator[tuple[int, pa.Table]]:
+    """(first row, table) of each row group, in order: a group's memory at a time."""
+    with open_parquet(folder, name) as file:
+        start = 0
+        for group in range(file.num_row_groups):
+            if groups is None or group in groups:
+                yield start, file.read_row_group(group, columns=None if columns is None else list(columns))
+            start += file.metadata.row_group(group).num_rows
+
+
+def group_rows(folder: Folder, name: str) -> list[int]:
+    """Row count of each row group."""
+    with open_parquet(folder, name) as file:
+        return [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+
+
+def stored_counts(folder: Folder, name: str) -> dict[str, int]:
+    """Rows by status or state as the file tells them."""
+    if name.endswith(".parquet"):
+        return json.loads(parquet_footer(folder, name).get(COUNTS, b"{}"))
+    total: Counter[str] = Counter()
+    file = _open_arrow(folder, name)
+    for i in range(file.num_record_batches):
+        total.update(json.loads(file.get_batch_with_custom_metadata(i).custom_metadata[COUNTS]))
+    return dict(total)
+
+
+def _open_arrow(folder: Folder, name: str) -> pa.RecordBatchFileReader:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(folder.map_path(name))))
+    except FileNotFoundError:
+        raise PairmillError(f"{folder.url}/{name} is missing. Run the command that makes it.") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise PairmillError(
+            f"{folder.url}/{name} is damaged ({error}). Delete it and run the command that made it again."
+        ) from None
+
+
+def arrow_schema(folder: Folder, name: str) -> dict[bytes, bytes]:
+    """Schema metadata of an Arrow file."""
+    return dict(_open_arrow(folder, name).schema.metadata or {})
+
+
+class MappedShard:
+    """One feature shard, memory-mapped: random access to rows, no copy until a batch is built."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        file = _open_arrow(folder, name)
+        self.where = f"{folder.url}/{name}"
+        self.schema = file.schema
+        self.batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+        self.ends = np.cumsum([b.num_rows for b in self.batches])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def states(self) -> list[str]:
+        """`state` of every row."""
+        return [s for b in self.batches for s in b.column("state").to_pylist()]
+
+    def row(self, row: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        """The row's columns: tensors as read-only numpy views, lists as numpy arrays, None where null."""
+        index = int(np.searchsorted(self.ends, row, side="right"))
+        batch = self.batches[index]
+        at = row - (int(self.ends[index - 1]) if index else 0)
+        wanted = self.schema.names if columns is None else columns
+        return {name: self._value(batch, name, at) for name in wanted}
+
+    def _value(self, batch: pa.RecordBatch, name: str, at: int) -> Any:
+        field = self.schema.field(name)
+        column = batch.column(name)
+        spec = tensor_spec(field)
+        if spec is not None:
+            dims = {d: batch.column(d)[at].as_py() for d in spec[1] if isinstance(d, str)}
+            return from_blob(field, column[at], dims)
+        if isinstance(field.type, pa.FixedShapeTensorType):
+            return fixed_to_array(column.slice(at, 1))[0] if column[at].is_valid else None
+        value = column[at].as_py()
+        return np.asarray(value) if isinstance(value, list) else value
+
+    def column(self, name: str) -> np.ndarray:
+        """A fixed-tensor column [rows, dim] (null rows NaN) or a scalar column as numpy."""
+        if isinstance(self.schema.field(name).type, pa.FixedShapeTensorType):
+            parts = [fixed_to_array(b.column(name)) for b in self.batches]
+        else:
+            parts = [b.column(name).to_numpy(zero_copy_only=False) for b in self.batches]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+
+@lru_cache(maxsize=256)
+def mapped(folder: Folder, name: str) -> MappedShard:
+    """A mapped shard that stays open; at most 256 a process."""
+    return MappedShard(folder, name)

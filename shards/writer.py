@@ -1,0 +1,161 @@
+"""Rows in, whole shard files out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.pairs import pairs_digest
+from schemas.tables import COUNTS, DIGEST
+from schemas.tensors import array_to_fixed, tensor_spec, to_blob
+from shards.files import Folder
+
+GROUP_BYTES = 16 << 20
+BATCH_ROWS = 256
+
+Row = Mapping[str, Any]
+
+
+def parquet_writer(stream: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
+    """zstd for metadata; the image column raw, without dictionary or statistics (it does not compress)."""
+    leaves = _leaf_paths(schema)
+    plain = [p for p, raw in leaves if not raw]
+    return pq.ParquetWriter(
+        stream,
+        schema,
+        compression={p: "NONE" if raw else "ZSTD" for p, raw in leaves},
+        use_dictionary=plain,
+        write_statistics=plain,
+    )
+
+
+@lru_cache(maxsize=64)
+def _leaf_paths(schema: pa.Schema) -> list[tuple[str, bool]]:
+    """Parquet's path of every leaf column, and whether it holds raw bytes."""
+    sink = pa.BufferOutputStream()
+    pq.ParquetWriter(sink, schema).close()
+    leaves = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    paths = (leaves.column(i).path for i in range(len(leaves)))
+    return [(p, pa.types.is_large_binary(schema.field(p.split(".")[0]).type)) for p in paths]
+
+
+class PairsWriter:
+    """Writes one `pairs/` shard row by row, in row groups of about 16 MiB of image bytes."""
+
+    def __init__(self, stream: BinaryIO, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.writer = parquet_writer(stream, schema)
+        self.counts: Counter[str] = Counter()
+        self._rows: list[Row] = []
+        self._bytes = 0
+        self._seen: list[pa.Table] = []
+
+    def append(self, row: Row) -> None:
+        """`row` has the schema's columns; a missing one is null."""
+        self._rows.append(row)
+        self.counts[row["status"]] += 1
+        self._bytes += len(row.get("image") or b"") + 256
+        if self._bytes >= GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows or not self._seen:
+            table = pa.Table.from_pylist(self._rows, schema=self.schema)
+            self.writer.write_table(table, row_group_size=max(1, len(table)))
+            self._seen.append(table.select(["status", "sha256"]))
+            self._rows, self._bytes = [], 0
+
+    def close(self) -> None:
+        self._flush()
+        seen = pa.concat_tables(self._seen)
+        digest = pairs_digest(seen["status"], seen["sha256"])
+        self.writer.add_key_value_metadata(footer(dict(self.counts), digest))
+        self.writer.close()
+
+
+def footer(counts: Mapping[str, int], digest: str | None = None) -> dict[str, str]:
+    """Footer entries of a shard: its counts and the digest of the pairs it is or was made from."""
+    out = {COUNTS.decode(): json.dumps(dict(sorted(counts.items())))}
+    return out if digest is None else {**out, DIGEST.decode(): digest}
+
+
+@contextlib.contextmanager
+def write_pairs(folder: Folder, name: str, schema: pa.Schema) -> Iterator[PairsWriter]:
+    """A writer for one pairs shard; the file appears whole when the block ends well."""
+    with folder.write(name) as stream:
+        writer = PairsWriter(stream, schema)
+        yield writer
+        writer.close()
+
+
+def write_table(folder: Folder, name: str, table: pa.Table, counts: Mapping[str, int], digest: str | None = None) -> None:
+    """Writes an input, scores, selection or task shard: one row group."""
+    with folder.write(name) as stream:
+        writer = parquet_writer(stream, table.schema)
+        writer.write_table(table, row_group_size=max(1, len(table)))
+        writer.add_key_value_metadata(footer(counts, digest))
+        writer.close()
+
+
+class FeatureWriter:
+    """Writes one `features/` shard row by row: Arrow IPC, batches of at most 256 rows and 16 MiB."""
+
+    def __init__(self, stream: BinaryIO, schema: pa.Schema, digest: str) -> None:
+        meta = {**(schema.metadata or {}), DIGEST: digest.encode()}
+        self.schema = schema.with_metadata(meta)
+        self.writer = pa.ipc.new_file(stream, self.schema)
+        self.counts: Counter[str] = Counter()
+        self._rows: list[Row] = []
+        self._bytes = 0
+
+    def append(self, row: Row) -> None:
+        """`row["state"]` and, where it is ok, the tensors (numpy arrays) and lists of the schema."""
+        size = sum(v.nbytes for v in row.values() if isinstance(v, np.ndarray))
+        if self._rows and (len(self._rows) == BATCH_ROWS or self._bytes + size > GROUP_BYTES):
+            self._flush()
+        self._rows.append(row)
+        self._bytes += size
+        self.counts[row["state"]] += 1
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        columns = [_column(field, [r.get(field.name) for r in self._rows]) for field in self.schema]
+        batch = pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        counts = Counter(r["state"] for r in self._rows)
+        self.writer.write_batch(batch, custom_metadata={COUNTS: json.dumps(dict(sorted(counts.items())))})
+        self._rows, self._bytes = [], 0
+
+    def close(self) -> None:
+        self._flush()
+        self.writer.close()
+
+
+def _column(field: pa.Field, values: list[Any]) -> pa.Array:
+    if isinstance(field.type, pa.FixedShapeTensorType):
+        dim = field.type.shape[0]
+        valid = np.array([v is not None for v in values])
+        zero = np.zeros(dim, np.float16)
+        return array_to_fixed(np.stack([zero if v is None else v for v in values]), valid, dim)
+    if tensor_spec(field) is not None:
+        values = [None if v is None else to_blob(v, field) for v in values]
+    elif any(isinstance(v, np.ndarray) for v in values):
+        values = [v.tolist() if isinstance(v, np.ndarray) else v for v in values]
+    return pa.array(values, field.type)
+
+
+@contextlib.contextmanager
+def write_features(folder: Folder, name: str, schema: pa.Schema, digest: str) -> Iterator[FeatureWriter]:
+    """A writer for one feature shard; the file appears whole when the block ends well."""
+    with folder.write(name) as stream:
+        writer = FeatureWriter(stream, schema, digest)
+        yield writer
+        writer.close()
