@@ -69,3 +69,10 @@ def fingerprint(fields: dict[str, Any]) -> str:
     """blake2b-128 (32 hex digits) of the fields as canonical JSON."""
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class ShardStage(StageConfig):
+    """What every stage that moves over shards lets the user choose about the run."""
+
+    workers: int | None = execution(None, "worker processes; 0 runs in this process [default: the cores]", ge=0)
+    scheduler: str | None = execution(None, "address of a Dask scheduler, tcp://HOST:PORT")

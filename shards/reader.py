@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -132,9 +131,3 @@ class MappedShard:
         else:
             parts = [b.column(name).to_numpy(zero_copy_only=False) for b in self.batches]
         return np.concatenate(parts) if parts else np.empty(0)
-
-
-@lru_cache(maxsize=256)
-def mapped(folder: Folder, name: str) -> MappedShard:
-    """A mapped shard that stays open; at most 256 a process."""
-    return MappedShard(folder, name)
