@@ -30,11 +30,9 @@ class StageConfig(BaseModel):
 
     @classmethod
     def roles(cls) -> dict[str, str]:
-        """Field name -> 'identity' or 'execution'. A nested configuration is identity as a whole."""
-        return {
-            name: (field.json_schema_extra or {}).get("role", "identity")  # type: ignore[union-attr]
-            for name, field in cls.model_fields.items()
-        }
+        """Field name -> 'identity' or 'execution'. A field without a role (a nested model) is identity."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {n: str(e.get("role", "identity")) if isinstance(e, dict) else "identity" for n, e in extras.items()}
 
     def identity_fields(self) -> dict[str, Any]:
         """The identity part as plain JSON values."""

@@ -36,9 +36,7 @@ STATUSES: tuple[str, ...] = (
 # States of a feature row: computed, not selected, or why its pair has no image.
 STATES: tuple[str, ...] = (OK, SKIPPED, *STATUSES[1:])
 
-_TRANSIENT = frozenset(
-    {"dns_error", "connect_error", "timeout", "protocol_error", "host_resting", "truncated"}
-)
+_TRANSIENT = frozenset({"dns_error", "connect_error", "timeout", "protocol_error", "host_resting", "truncated"})
 _TRANSIENT_HTTP = frozenset({408, 425, 429})
 
 

@@ -12,10 +12,14 @@ _NAME, _VERSION = b"pairmill.schema", b"pairmill.version"
 
 # Footer entries of shard files.
 COUNTS = b"pairmill.counts"  # JSON: rows by status or state
-DIGEST = b"pairmill.digest"  # pairs: blake2b of (status, sha256); scores, features: that of the pairs they were made from
+DIGEST = (
+    b"pairmill.digest"  # pairs: blake2b of (status, sha256); scores, features: that of the pairs they were made from
+)
 
 
-def table_schema(name: str, version: int, fields: Iterable[pa.Field], extra: dict[bytes, bytes] | None = None) -> pa.Schema:
+def table_schema(
+    name: str, version: int, fields: Iterable[pa.Field], extra: dict[bytes, bytes] | None = None
+) -> pa.Schema:
     """A schema that says what it is."""
     meta = {_NAME: name.encode(), _VERSION: str(version).encode(), **(extra or {})}
     return pa.schema(list(fields), metadata=meta)

@@ -37,7 +37,9 @@ class Dataset:
                     f"{folder.url} holds an unfinished dataset (no {MANIFEST} yet). "
                     "Run the same `pairmill download` or `pairmill import` command again: it goes on where it stopped."
                 )
-            raise PairmillError(f"{folder.url} is not a dataset: it has no {MANIFEST}. Make one with `pairmill download`.")
+            raise PairmillError(
+                f"{folder.url} is not a dataset: it has no {MANIFEST}. Make one with `pairmill download`."
+            )
         return cls(folder, read_manifest(folder))
 
     def __len__(self) -> int:

@@ -265,7 +265,9 @@ class StoreFolder(Folder):
 
     def map_path(self, name: str) -> Path:
         info = self.fs.info(self._full(name))
-        mark = "|".join(str(info.get(k)) for k in ("ETag", "etag", "generation", "LastModified", "mtime", "created", "size"))
+        mark = "|".join(
+            str(info.get(k)) for k in ("ETag", "etag", "generation", "LastModified", "mtime", "created", "size")
+        )
         key = hashlib.blake2b(f"{self.url}/{name}|{mark}".encode(), digest_size=16).hexdigest()
         target = _cache_folder() / key
         if not target.exists():
@@ -297,7 +299,9 @@ def _make_room(size: int) -> None:
     An unlinked file stays readable for the process that has it mapped.
     """
     cap = int(float(os.environ.get("PAIRMILL_CACHE_GB", "50")) * 2**30)
-    files = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in _cache_folder().iterdir() if not is_temporary(f.name))
+    files = sorted(
+        (f.stat().st_mtime, f.stat().st_size, f) for f in _cache_folder().iterdir() if not is_temporary(f.name)
+    )
     used = sum(f[1] for f in files)
     for _, bytes_, path in files:
         if used + size <= cap:

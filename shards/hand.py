@@ -22,7 +22,9 @@ _SIZE = _HEAD.size + SLOTS * _SLOT.size
 class RowInHand:
     """One task's note. Threads of the task hold different rows at once, in different slots."""
 
-    def __init__(self, path: Path | None, crashed: frozenset[int] = frozenset(), suspects: frozenset[int] = frozenset()):
+    def __init__(
+        self, path: Path | None, crashed: frozenset[int] = frozenset(), suspects: frozenset[int] = frozenset()
+    ):
         self.crashed = crashed
         self._suspects = suspects
         self._map: mmap.mmap | bytearray = bytearray(_SIZE)

@@ -21,7 +21,11 @@ STALE_S = 120.0
 
 
 def _holder() -> dict[str, object]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _refuse(stage: str, who: str) -> PairmillError:

@@ -92,7 +92,13 @@ def run_stage(
 
 
 def _in_process(
-    stage: Stage, work: ShardWork, pending: Sequence[int], workers: int | None, scheduler: str | None, emit: Emit, gpus: int
+    stage: Stage,
+    work: ShardWork,
+    pending: Sequence[int],
+    workers: int | None,
+    scheduler: str | None,
+    emit: Emit,
+    gpus: int,
 ) -> Iterator[ShardDone | ShardFailed]:
     before, before_failed = 0, 0
     for shard in pending:
@@ -127,13 +133,21 @@ class _LiveHand(RowInHand):
             self._next = time.monotonic() + 0.5
 
 
-def _run_one(work: ShardWork, shard: int, hand: str | None, crashed: frozenset[int], suspects: frozenset[int]) -> dict[str, int]:
+def _run_one(
+    work: ShardWork, shard: int, hand: str | None, crashed: frozenset[int], suspects: frozenset[int]
+) -> dict[str, int]:
     """What a Dask worker runs."""
     return dict(work(shard, RowInHand(Path(hand) if hand else None, crashed, suspects)))
 
 
 def _on_dask(
-    stage: Stage, work: ShardWork, pending: Sequence[int], workers: int | None, scheduler: str | None, emit: Emit, gpus: int
+    stage: Stage,
+    work: ShardWork,
+    pending: Sequence[int],
+    workers: int | None,
+    scheduler: str | None,
+    emit: Emit,
+    gpus: int,
 ) -> Iterator[ShardDone | ShardFailed]:
     from distributed import KilledWorker, wait
 
@@ -149,7 +163,13 @@ def _on_dask(
                 one.started = time.monotonic()
                 one.hand = hands / f"{one.number}.{one.lost}.{len(one.crashed)}" if hands else None
                 future = client.submit(
-                    _run_one, work, one.number, str(one.hand) if one.hand else None, one.crashed, one.suspects, **options
+                    _run_one,
+                    work,
+                    one.number,
+                    str(one.hand) if one.hand else None,
+                    one.crashed,
+                    one.suspects,
+                    **options,
                 )
                 running[future] = one
             with contextlib.suppress(TimeoutError):
@@ -170,7 +190,9 @@ def _on_dask(
                     yield ShardFailed(stage.path, one.number, traceback.format_exc(limit=-4))
                 else:
                     done_rows += stage.dataset.manifest.shards[one.number]
-                    yield ShardDone(stage.path, one.number, sum(counts.values()), time.monotonic() - one.started, counts)
+                    yield ShardDone(
+                        stage.path, one.number, sum(counts.values()), time.monotonic() - one.started, counts
+                    )
             live = [read_hand(o.hand) for o in running.values() if o.hand]
             emit(Progress(stage.path, done_rows + sum(h[0] for h in live), sum(h[1] for h in live)))
 
@@ -188,7 +210,9 @@ def _lost_worker(one: _Shard, stage: Stage, emit: Emit) -> ShardFailed | None:
         return None
     one.lost += 1
     if one.lost > LOST_WORKERS:
-        return ShardFailed(stage.path, one.number, f"its worker died {one.lost} times with no row in hand (out of memory?)")
+        return ShardFailed(
+            stage.path, one.number, f"its worker died {one.lost} times with no row in hand (out of memory?)"
+        )
     emit(Notice(f"shard {one.number}: its worker was lost; trying again.", True))
     return None
 

@@ -53,7 +53,12 @@ def made_from(dataset: Dataset, score_sets: list[str]) -> dict[str, Any]:
 
 
 def write_selection(
-    dataset: Dataset, name: str, keep: np.ndarray, reasons: pa.Array, recipe: Mapping[str, Any], source: Mapping[str, Any]
+    dataset: Dataset,
+    name: str,
+    keep: np.ndarray,
+    reasons: pa.Array,
+    recipe: Mapping[str, Any],
+    source: Mapping[str, Any],
 ) -> None:
     """Writes `selections/NAME.parquet`, then `NAME.json`, a copy of its metadata for people.
 

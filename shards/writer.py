@@ -96,7 +96,9 @@ def write_pairs(folder: Folder, name: str, schema: pa.Schema) -> Iterator[PairsW
         writer.close()
 
 
-def write_table(folder: Folder, name: str, table: pa.Table, counts: Mapping[str, int], digest: str | None = None) -> None:
+def write_table(
+    folder: Folder, name: str, table: pa.Table, counts: Mapping[str, int], digest: str | None = None
+) -> None:
     """Writes an input, scores, selection or task shard: one row group."""
     with folder.write(name) as stream:
         writer = parquet_writer(stream, table.schema)

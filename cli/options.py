@@ -1,0 +1,146 @@
+"""One source for flags: a command's options come from its configuration model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+from pydantic.fields import FieldInfo
+
+from cli.progress import Drawer
+from cli.versions import version_option
+from schemas.config import StageConfig, build_config
+from schemas.events import StageFinished
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_COMMON = "Every command"
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command understands."""
+
+    verbose: bool
+    quiet: bool
+    log_file: str | None
+
+    def drawer(self) -> Drawer:
+        """Draws the events of a stage on stderr; a context manager."""
+        return Drawer(verbose=self.verbose, quiet=self.quiet, log_file=self.log_file)
+
+
+def command(
+    app: typer.Typer,
+    name: str,
+    config: type[StageConfig] | None = None,
+    example: str = "",
+    hide: tuple[str, ...] = (),
+) -> Callable[[F], F]:
+    """Registers a handler `f(config, common, ...)`: one option a field of `config`, and the common ones.
+
+    The handler's docstring is the help, its other parameters are Typer's own. `hide` names fields the handler sets.
+    """
+
+    def register(handler: F) -> F:
+        own = [
+            p for n, p in inspect.signature(handler, eval_str=True).parameters.items() if n not in ("config", "common")
+        ]
+        fields = {} if config is None else {n: f for n, f in config.model_fields.items() if n not in hide}
+
+        @functools.wraps(handler)
+        def call(**given: Any) -> Any:
+            common = Common(given.pop("verbose"), given.pop("quiet"), given.pop("log_file"))
+            given.pop("version")
+            values = {n: _plain(given.pop(n)) for n in fields}
+            extra = {}
+            if config is not None:
+                where = f"pairmill {name}" if not example else example.split(" ", 2)[0] + " " + name
+                extra["config"] = build_config(config, {n: v for n, v in values.items() if v is not None}, where)
+            return handler(common=common, **extra, **given)
+
+        parameters = [*own, *(_parameter(n, f) for n, f in fields.items()), *_common_parameters()]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        text = inspect.cleandoc(handler.__doc__ or "")
+        app.command(name, help=text + (f"\n\nExample: {example}" if example else ""))(call)
+        return handler
+
+    return register
+
+
+def finish(result: StageFinished) -> int:
+    """The exit code of a stage: 1 when shards are left to do, which are listed."""
+    if not result.left:
+        return 0
+    shown = ", ".join(map(str, result.left[:20])) + (", ..." if len(result.left) > 20 else "")
+    typer.echo(
+        f"{result.stage}: {len(result.left)} shards left to do: {shown}. Run the same command again.",
+        err=True,
+    )
+    return 1
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, (list, tuple)) and not value else value
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind = _kind(field.annotation)
+    flag = "--" + name.replace("_", "-")
+    flags = (f"{flag}/--no-{name.replace('_', '-')}",) if kind is bool and field.default is True else (flag,)
+    required = field.is_required()
+    default = None if required else field.get_default(call_default_factory=True)
+    if isinstance(default, tuple):
+        default = list(default)
+    option = typer.Option(*flags, help=field.description, show_default=default not in (None, [], ""))
+    if required:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option])
+    annotation = kind if default is not None else kind | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
+
+
+def _kind(annotation: Any) -> Any:
+    """The type Typer sees: X of `X | None`, list of a tuple, the first plain type of a union."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [k for k in typing.get_args(annotation) if k is not type(None)]
+        return _kind(kinds[0]) if len(kinds) == 1 else str
+    if origin in (tuple, list):
+        return list[_kind(typing.get_args(annotation)[0])]  # type: ignore[misc]
+    if origin is Annotated:
+        return _kind(typing.get_args(annotation)[0])
+    if origin is Literal or annotation in (int, float, bool, str):
+        return annotation
+    return str
+
+
+def _common_parameters() -> list[inspect.Parameter]:
+    def one(name: str, annotation: Any, default: Any, *flags: str, **settings: Any) -> inspect.Parameter:
+        option = typer.Option(*flags, rich_help_panel=_COMMON, show_default=False, **settings)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+        )
+
+    return [
+        one("verbose", bool, False, "-v", "--verbose", help="Also tell every shard."),
+        one("quiet", bool, False, "-q", "--quiet", help="Print errors and results only."),
+        one(
+            "version",
+            bool,
+            False,
+            "--version",
+            help="Print versions and exit.",
+            is_eager=True,
+            callback=version_option,
+        ),
+        one("log_file", str | None, None, "--log-file", help="Append every event to this file as JSON lines."),
+    ]
