@@ -48,25 +48,26 @@ def _square(x: Array, y: Array) -> Array:
 
 
 def _triangle(x: Array, y: Array) -> Array:
-    sides = np.array([-np.pi / 2, np.pi / 6, 5 * np.pi / 6]) + np.pi
-    return np.maximum.reduce([np.cos(a) * x + np.sin(a) * (y - 0.12) - 0.55 for a in sides])
+    half = 0.5 * 3**0.5
+    y = y - 0.12
+    return np.maximum.reduce([y, half * x - 0.5 * y, -half * x - 0.5 * y]) - 0.55
 
 
 def _star(x: Array, y: Array) -> Array:
     """Five points: fold the plane into one point's half, then the distance to its one edge."""
-    turn = 2 * np.pi / 5
+    turn, inner = 2 * np.pi / 5, 0.46
     angle = np.arctan2(x, -y)
     folded = np.abs(np.mod(angle + turn / 2, turn) - turn / 2)
     radius = np.hypot(x, y)
-    inner = 0.46
-    edge = np.array([inner * np.sin(turn / 2), inner * np.cos(turn / 2) - 1.0])
-    normal = np.array([-edge[1], edge[0]]) / np.hypot(*edge)
-    return normal[0] * radius * np.sin(folded) + normal[1] * (radius * np.cos(folded) - 1.0)
+    # The edge runs from the tip (0, 1) to the dent between two points.
+    along_x, along_y = inner * float(np.sin(turn / 2)), inner * float(np.cos(turn / 2)) - 1
+    away = radius * np.sin(folded) * -along_y + (radius * np.cos(folded) - 1) * along_x
+    return away / float(np.hypot(along_x, along_y))
 
 
 def _heart(x: Array, y: Array) -> Array:
     """A square on its corner and a disc on each of its upper sides."""
-    half, s = 0.55, np.sqrt(0.5)
+    half, s = 0.55, 0.5**0.5
     y = y - 0.10
     diamond = _box(s * (x + y), s * (y - x), half, half)
     lobes = np.hypot(np.abs(x) - half * s, y + half * s) - half
@@ -123,20 +124,20 @@ def _background(rng: np.random.Generator, name: str, height: int, width: int) ->
     x, y = x / width - 0.5, y / height - 0.5
     if rng.random() < 0.7:
         angle = rng.uniform(0, 2 * np.pi)
-        way = 0.5 + (np.cos(angle) * x + np.sin(angle) * y) / 1.42
+        way = 0.5 + float(np.cos(angle) / 1.42) * x + float(np.sin(angle) / 1.42) * y
     else:
         way = np.hypot(x - rng.uniform(-0.3, 0.3), y - rng.uniform(-0.3, 0.3))
     if rng.random() < 0.6:
         clouds = rng.standard_normal((6, 6)).astype(np.float32) * 0.22
         way = way + cv2.resize(clouds, (width, height), interpolation=cv2.INTER_CUBIC)
     first, last = (np.array(c, np.float32) + rng.uniform(-8, 8) for c in _SKIES[name])
-    image = first + (last - first) * np.clip(way, 0, 1)[..., None]
+    grain = rng.standard_normal((height, width), dtype=np.float32) * rng.uniform(0.8, 4.5)
+    image = first + (last - first) * np.clip(way, 0, 1)[..., None] + grain[..., None]
     if rng.random() < 0.25:
         lines = max(6, min(height, width) // 12)
         image[::lines] *= 0.95
         image[:, ::lines] *= 0.95
-    grain = rng.standard_normal((height, width), dtype=np.float32) * rng.uniform(0.8, 4.5)
-    return image + grain[..., None]
+    return image
 
 
 def _draw_item(image: Array, item: Item, tint: Array, dark: bool, side: int) -> tuple[int, int, int, int]:
@@ -148,7 +149,7 @@ def _draw_item(image: Array, item: Item, tint: Array, dark: bool, side: int) -> 
     right, bottom = min(width, int(cx) + reach), min(height, int(cy) + reach)
     yy, xx = np.mgrid[top:bottom, left:right].astype(np.float32)
     xx, yy = (xx + 0.5 - cx) / radius, (yy + 0.5 - cy) / radius
-    cos, sin = np.cos(item.angle), np.sin(item.angle)
+    cos, sin = float(np.cos(item.angle)), float(np.sin(item.angle))
     x, y = cos * xx + sin * yy, cos * yy - sin * xx
     distance = _DISTANCE[item.shape](x, y) * radius
     patch = image[top:bottom, left:right]
@@ -168,9 +169,9 @@ def _draw_item(image: Array, item: Item, tint: Array, dark: bool, side: int) -> 
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
     patch += (paint - patch) * cover
 
-    seen = np.argwhere(distance < 0)
-    (y1, x1), (y2, x2) = seen.min(0), seen.max(0) + 1
-    return int(left + x1), int(top + y1), int(left + x2), int(top + y2)
+    seen = distance < 0
+    columns, rows = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.any(1))
+    return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
 
 def draw(

@@ -33,6 +33,11 @@ class Scene:
         """The sentences alone."""
         return [caption.text for caption in self.described]
 
+    @property
+    def subject(self) -> Subject:
+        """The scene without its pixels."""
+        return Subject(self.objects, self.background, self.image.shape[:2])
+
     @cached_property
     def relations(self) -> list[tuple[int, str, int]]:
         """Every (i, "left of" | "above" | "bigger than", j) between objects i and j."""
@@ -40,8 +45,7 @@ class Scene:
 
     def fits(self, caption: Caption) -> bool:
         """Whether everything the caption claims is true of this scene."""
-        subject = Subject(self.objects, self.background, self.image.shape[:2])
-        return all(subject.true(claim) for claim in caption.claims)
+        return all(self.subject.true(claim) for claim in caption.claims)
 
 
 def generate_scene(seed: int | np.random.Generator, size: int | tuple[int, int] = 256) -> Scene:
@@ -57,9 +61,7 @@ def generate_scene(seed: int | np.random.Generator, size: int | tuple[int, int] 
     items = layout(plan, width / side, height / side)
     background = str(plan.choice(BACKGROUNDS))
     image, boxes = draw(paint, items, background, height, width)
-    objects = tuple(
-        SceneObject(i.shape, i.colour, i.texture, i.size, box) for i, box in zip(items, boxes, strict=True)
-    )
+    objects = tuple(SceneObject(i.shape, i.colour, i.texture, i.size, box) for i, box in zip(items, boxes, strict=True))
     return Scene(image, objects, background, describe(words, Subject(objects, background, (height, width))))
 
 

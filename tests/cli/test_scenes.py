@@ -35,12 +35,8 @@ def test_every_claim_holds():
 
 
 # A reading of the sentences that knows nothing of the claims: number, attributes, noun.
-_SINGULAR = {one: (shape, False) for shape, nouns in NOUNS.items() for one, _ in nouns} | {
-    "dot": ("circle", False)
-}
-_PLURAL = {many: (shape, True) for shape, nouns in NOUNS.items() for _, many in nouns} | {
-    "dots": ("circle", True)
-}
+_SINGULAR = {one: (shape, False) for shape, nouns in NOUNS.items() for one, _ in nouns} | {"dot": ("circle", False)}
+_PLURAL = {many: (shape, True) for shape, nouns in NOUNS.items() for _, many in nouns} | {"dots": ("circle", True)}
 _NOUNS = _SINGULAR | _PLURAL
 _ATTRIBUTES = {w: name for name in (*SIZES, *TEXTURES, *COLOURS) for w in WORDS.get(name, (name,))}
 _COUNTS = {w: n for n, w in enumerate(NUMBERS)} | {"a": 1, "an": 1, "a pair of": 2, "a couple of": 2}
@@ -53,9 +49,7 @@ _PHRASE = re.compile(
 def _count(scene, words, shape):
     """How many objects are of the shape and have all the attributes named."""
     wanted = [_ATTRIBUTES[w] for w in words]
-    return sum(
-        o.shape == shape and all(w in (o.size, o.texture, o.colour) for w in wanted) for o in scene.objects
-    )
+    return sum(o.shape == shape and all(w in (o.size, o.texture, o.colour) for w in wanted) for o in scene.objects)
 
 
 def test_numbers_and_attributes_in_the_text_are_those_of_the_objects():
