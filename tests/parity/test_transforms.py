@@ -1,4 +1,4 @@
-"""ViLT's image transform, against its own code."""
+"""ViLT's image transform and augmentation, against its own code."""
 
 import io
 
@@ -9,6 +9,7 @@ from PIL import Image
 
 from shards.transforms import HALF_MEAN, HALF_STD, normalise, normalise_array, resize_vilt, vilt_size
 from tests.parity.golden import check_outputs, golden
+from training.augment import OPERATIONS
 
 CASES = golden("vilt_transforms")
 
@@ -34,3 +35,18 @@ def test_the_recorded_files_are_the_recorded_pixels(case):
     for i in range(len(case.config["sizes"])):
         png = Image.open(io.BytesIO(case.inputs[f"png{i}"].numpy().tobytes()))
         assert np.array_equal(np.array(png), case.inputs[f"pixels{i}"].numpy())
+
+
+@pytest.mark.parametrize("case", golden("randaug_vilt"), ids=str)
+def test_randaug_vilt(case):
+    image = Image.fromarray(case.inputs["pixels"].numpy())
+    got = {}
+    for name, operation in OPERATIONS.items():
+        value = operation.value(case.config["m"])
+        got[f"value.{name}"] = torch.tensor(value, dtype=torch.float64)
+        got[f"{name}.pos"] = np.array(operation.apply(image, value))
+        if operation.signed:
+            got[f"{name}.neg"] = np.array(operation.apply(image, -value))
+    # The case's tolerance of 1 is meant for pixels of another Pillow; a strength is exact to rounding.
+    exact = {name: (1e-12, 0.0) for name in got if name.startswith("value.")}
+    check_outputs(case, got, tolerance=exact)
