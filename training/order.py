@@ -1,7 +1,7 @@
 """Which row comes when: a pure function of seed and epoch, with random access.
 
-Row groups are permuted, then rows are shuffled inside a window of 16 groups. Position p of the stream is row p modulo the
-epoch's length of epoch p // length: what is left at the end of an epoch starts the next, nothing is dropped or doubled.
+Row groups are permuted, then rows are shuffled inside a window of 16 groups. Position p of the stream is row
+p % length of epoch p // length: what is left at the end of an epoch starts the next, nothing is dropped or doubled.
 """
 
 from __future__ import annotations
