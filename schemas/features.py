@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from schemas.tables import table_schema
+from schemas.tables import VERSIONS, table_schema
 from schemas.tensors import blob_tensor, fixed_tensor
 
 SCORES, FEATURES = "scores", "features"
-VERSION = 1
+VERSION = VERSIONS[FEATURES]
 
 STATE = pa.field("state", pa.string(), nullable=False)
 

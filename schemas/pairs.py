@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from schemas.tables import table_schema
+from schemas.tables import VERSIONS, table_schema
 
 PAIRS, INPUT = "pairs", "input"
-VERSION = 1
+VERSION = VERSIONS[PAIRS]
 
 UID = pa.binary(16)
 _HEX = re.compile(r"[0-9a-f]{32}\Z")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
 from schemas.errors import PairmillError
 
 _NAME, _VERSION = b"pairmill.schema", b"pairmill.version"
+
+# The newest version of each table that this program writes and reads.
+VERSIONS = {"pairs": 1, "input": 1, "scores": 1, "features": 1, "tasks": 1, "selection": 1}
 
 # Footer entries of shard files.
 COUNTS = b"pairmill.counts"  # JSON: rows by status or state
@@ -27,11 +30,23 @@ def table_schema(
 
 def check_schema(schema: pa.Schema, name: str, version: int, where: str) -> None:
     """Raises PairmillError where the file is another kind of table or newer than this program."""
-    meta = schema.metadata or {}
-    found, number = meta.get(_NAME, b"").decode(), int(meta.get(_VERSION, b"0"))
+    found, number = table_version(schema.metadata)
     if found != name:
         raise PairmillError(f"{where} holds {found or 'no pairmill table'}, expected {name}.")
+    check_version(name, number, version, where)
+
+
+def table_version(metadata: Mapping[bytes, bytes] | None) -> tuple[str, int]:
+    """(name, version) as a schema's metadata tells them; ("", 0) where it is no table of ours."""
+    meta = metadata or {}
+    number = meta.get(_VERSION, b"0")
+    return meta.get(_NAME, b"").decode(errors="replace"), int(number) if number.isdigit() else 0
+
+
+def check_version(name: str, number: int, version: int, where: str) -> None:
+    """Raises PairmillError where `number` is newer than `version`."""
     if number > version:
         raise PairmillError(
-            f"{where} was written as {name} version {number}; this pairmill reads up to {version}. Install a newer pairmill."
+            f"{where} was written as {name} version {number}; this pairmill reads up to {version}. "
+            "Install a newer pairmill."
         )

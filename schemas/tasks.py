@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from schemas.tables import table_schema
+from schemas.tables import VERSIONS, table_schema
 
 TASKS = "tasks"
-VERSION = 1
+VERSION = VERSIONS[TASKS]
 
 IMAGE_REF = pa.struct([pa.field("shard", pa.int32(), nullable=False), pa.field("row", pa.int32(), nullable=False)])
 

@@ -8,6 +8,7 @@ field's metadata, so a null row costs nothing and the buffer is read without a c
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -49,7 +50,7 @@ def to_blob(array: np.ndarray, field: pa.Field) -> bytes:
     return np.ascontiguousarray(array, dtype=spec[0]).tobytes()
 
 
-def from_blob(field: pa.Field, scalar: pa.Scalar, shapes: Mapping[str, int]) -> np.ndarray | None:
+def from_blob(field: pa.Field, scalar: pa.Scalar, shapes: Mapping[str, int | None]) -> np.ndarray | None:
     """The tensor of one row as a read-only view of the mapped file, or None where the row is null.
 
     Raises PairmillError when the bytes do not fit the shape columns (a damaged file).
@@ -60,14 +61,15 @@ def from_blob(field: pa.Field, scalar: pa.Scalar, shapes: Mapping[str, int]) -> 
     if spec is None:
         raise ValueError(f"`{field.name}` is not a blob tensor column")
     dtype, shape = spec
-    dims = [shapes[d] if isinstance(d, str) else d for d in shape]
-    flat = np.frombuffer(scalar.as_buffer(), dtype=dtype)
-    if flat.size != int(np.prod(dims)):
+    lengths = [shapes[d] if isinstance(d, str) else d for d in shape]
+    dims = [-1 if d is None else d for d in lengths]
+    buffer = scalar.as_buffer()
+    if min(dims, default=0) < 0 or buffer.size != math.prod(dims) * dtype.itemsize:
         raise PairmillError(
-            f"`{field.name}` holds {flat.size} values where its shape {dims} needs {int(np.prod(dims))}: "
+            f"`{field.name}` holds {buffer.size} bytes, which its shape {dims} of {dtype} does not explain: "
             "the feature file is damaged. Delete that shard's file and run the extract command again."
         )
-    return flat.reshape(dims)
+    return np.frombuffer(buffer, dtype=dtype).reshape(dims)
 
 
 def fixed_to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -121,7 +121,8 @@ def read_manifest(folder: Folder) -> Manifest:
             raise PairmillError(f"{where} is not a pairmill dataset's manifest.")
         if data["version"] > FORMAT_VERSION:
             raise PairmillError(
-                f"{where} has format version {data['version']}; this pairmill reads {FORMAT_VERSION}. Install a newer pairmill."
+                f"{where} has format version {data['version']}; this pairmill reads {FORMAT_VERSION}. "
+                "Install a newer pairmill."
             )
         return Manifest(**data)
     except (ValueError, KeyError, TypeError, ValidationError) as error:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import os
+import re
 import shutil
 import socket
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 from schemas.errors import PairmillError
 
 _TMP = ".tmp-"
+_serial = itertools.count()
 
 
 # The four calls that touch a file on its way to being whole; tests end the process at each of them.
@@ -41,7 +43,11 @@ def _rename(source: str, target: str) -> None:
 
 
 class _Raw(io.RawIOBase):
-    """A file descriptor as a raw stream whose writes go through `_write`."""
+    """A file descriptor as a raw stream whose writes go through `_write`.
+
+    Once the file is closed or given up, `fd` is -1 and late writes (a writer flushed by the garbage collector) go
+    nowhere, instead of into whichever file got the same descriptor since.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -53,13 +59,20 @@ class _Raw(io.RawIOBase):
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
+            if self.fd < 0:
+                return len(view)
             done += _write(self.fd, view[done:])
         return done
 
+    def give_up(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
 
 def temporary_name(name: str) -> str:
-    """The name a file has until it is whole."""
-    return f"{_TMP}{socket.gethostname()}-{os.getpid()}-{name}"
+    """The name a file has until it is whole; no two writers share one, be they threads or machines."""
+    return f"{_TMP}{socket.gethostname()}-{os.getpid()}.{next(_serial)}-{name}"
 
 
 def is_temporary(name: str) -> bool:
@@ -67,25 +80,28 @@ def is_temporary(name: str) -> bool:
     return name.startswith(_TMP)
 
 
+def is_left_over(name: str) -> bool:
+    """Whether `name` is a temporary file of a process of this machine that is gone."""
+    found = re.match(rf"{re.escape(_TMP + socket.gethostname())}-(\d+)\.\d+-", name)
+    return found is not None and not Path(f"/proc/{found[1]}").exists()
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens `path` for writing; it appears, whole, when the block ends well, and never otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(temporary_name(path.name))
-    fd = _open(str(temporary))
-    raw = _Raw(fd)
+    raw = _Raw(_open(str(temporary)))
     try:
         stream = io.BufferedWriter(raw, buffer_size=1 << 20)
         yield stream
         stream.flush()
-        _fsync(fd)
-        os.close(fd)
-        fd = -1
+        _fsync(raw.fd)
+        raw.give_up()
         _rename(str(temporary), str(path))
         _sync_folder(path.parent)
     except BaseException:
-        if fd >= 0:
-            os.close(fd)
+        raw.give_up()
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
@@ -116,6 +132,10 @@ class Folder(ABC):
     @abstractmethod
     def folders(self, inside: str) -> list[str]:
         """Names of the folders directly in `inside`, sorted."""
+
+    @abstractmethod
+    def left_over(self, inside: str) -> list[str]:
+        """Names of temporary files directly in `inside` whose process is gone."""
 
     @abstractmethod
     def exists(self, name: str) -> bool: ...
@@ -175,6 +195,12 @@ class LocalFolder(Folder):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def left_over(self, inside: str) -> list[str]:
+        try:
+            return sorted(n for n in os.listdir(self.path / inside) if is_left_over(n))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()
 
@@ -208,7 +234,8 @@ class StoreFolder(Folder):
 
         scheme = url.split("://", 1)[0]
         try:
-            self.fs, path = fsspec.core.url_to_fs(url)
+            # A cached listing would hide what other processes wrote since.
+            self.fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme)
             mend = f" pip install 'pairmill[{extra}]'" if extra else " Install the fsspec package for it."
@@ -226,7 +253,6 @@ class StoreFolder(Folder):
 
     def _list(self, inside: str, kind: str) -> list[str]:
         try:
-            self.fs.invalidate_cache(self._full(inside))
             entries = self.fs.ls(self._full(inside), detail=True)
         except FileNotFoundError:
             return []
@@ -239,8 +265,10 @@ class StoreFolder(Folder):
     def folders(self, inside: str) -> list[str]:
         return self._list(inside, "directory")
 
+    def left_over(self, inside: str) -> list[str]:
+        return []  # a store shows whole files only
+
     def exists(self, name: str) -> bool:
-        self.fs.invalidate_cache()
         return self.fs.isfile(self._full(name))
 
     def size(self, name: str) -> int:
@@ -248,9 +276,9 @@ class StoreFolder(Folder):
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[BinaryIO]:
-        handle, temporary = tempfile.mkstemp(dir=_cache_folder(), prefix=_TMP)
+        temporary = str(_cache_folder() / temporary_name("upload"))
         try:
-            with os.fdopen(handle, "wb") as stream:
+            with open(temporary, "wb") as stream:
                 yield stream
             if self.scheme == "memory":  # has no put_file that makes folders
                 with self.fs.open(self._full(name), "wb") as target, open(temporary, "rb") as source:
@@ -270,11 +298,12 @@ class StoreFolder(Folder):
         )
         key = hashlib.blake2b(f"{self.url}/{name}|{mark}".encode(), digest_size=16).hexdigest()
         target = _cache_folder() / key
-        if not target.exists():
+        try:
+            os.utime(target)  # last used, for `_make_room`
+        except FileNotFoundError:
             _make_room(int(info["size"]))
             with atomic_file(target) as stream, self.fs.open(self._full(name), "rb") as source:
                 shutil.copyfileobj(source, stream, 1 << 22)
-        os.utime(target)  # last used, for `_make_room`
         return target
 
     def open(self, name: str) -> BinaryIO:
@@ -299,11 +328,15 @@ def _make_room(size: int) -> None:
     An unlinked file stays readable for the process that has it mapped.
     """
     cap = int(float(os.environ.get("PAIRMILL_CACHE_GB", "50")) * 2**30)
-    files = sorted(
-        (f.stat().st_mtime, f.stat().st_size, f) for f in _cache_folder().iterdir() if not is_temporary(f.name)
-    )
+    files = []
+    for path in _cache_folder().iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process made room, too
+            if is_left_over(path.name):
+                path.unlink()
+            elif not is_temporary(path.name):
+                files.append((path.stat().st_mtime, path.stat().st_size, path))
     used = sum(f[1] for f in files)
-    for _, bytes_, path in files:
+    for _, bytes_, path in sorted(files):
         if used + size <= cap:
             break
         path.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """The row in hand: a small mapped file in which a task notes what it is about to decode.
 
-When a decoder takes its worker down, the parent reads there which rows were being decoded. A row that was alone in hand
-is the culprit and becomes `decoder_crash`; of several, each is tried again alone.
+When a worker dies, the parent reads there which rows were being decoded: its suspects. Each suspect is decoded once
+more with no other row in hand; one that takes a worker down again, alone, is the culprit and becomes `decoder_crash`.
+So a worker that was killed from outside costs no row.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from schemas.errors import PairmillError
@@ -18,6 +18,7 @@ from shards.files import Folder
 
 RENEW_S = 20.0
 STALE_S = 120.0
+_now = time.time
 
 
 def _holder() -> dict[str, object]:
@@ -28,20 +29,27 @@ def _holder() -> dict[str, object]:
     }
 
 
+def _who(holder: Mapping[str, object]) -> str:
+    if "pid" not in holder:
+        return "another process"
+    return f"process {holder['pid']} on {holder.get('host')} since {holder.get('since')}"
+
+
 def _refuse(stage: str, who: str) -> PairmillError:
     return PairmillError(f"{stage} is being written by {who}. Wait for it to end, or stop it, and run this again.")
 
 
 @contextlib.contextmanager
-def lock(folder: Folder, stage: str) -> Iterator[None]:
+def lock(folder: Folder, stage: str) -> Iterator[Callable[[], bool]]:
     """Holds the lock of one stage (`pairs`, `scores/clip`, ...) of a dataset.
 
     Local folders: flock, which the kernel frees when the process dies. Stores: a lease renewed every 20 s and taken
-    over after 120 s. Raises PairmillError that names the holder.
+    over after 120 s. Yields a function that tells whether the lock was lost meanwhile (a lease whose process slept).
+    Raises PairmillError that names the holder.
     """
     held = _flock(folder.local, stage) if folder.local is not None else _lease(folder, stage)
-    with held:
-        yield
+    with held as lost:
+        yield lost
 
 
 def _lock_name(stage: str) -> str:
@@ -49,7 +57,7 @@ def _lock_name(stage: str) -> str:
 
 
 @contextlib.contextmanager
-def _flock(root: Path, stage: str) -> Iterator[None]:
+def _flock(root: Path, stage: str) -> Iterator[Callable[[], bool]]:
     path = root / f"{_lock_name(stage)}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as stream:
@@ -59,20 +67,21 @@ def _flock(root: Path, stage: str) -> Iterator[None]:
             stream.seek(0)
             try:
                 who = json.loads(stream.read())
-                raise _refuse(stage, f"process {who['pid']} on {who['host']} since {who['since']}") from None
-            except (ValueError, KeyError):
-                raise _refuse(stage, "another process") from None
+            except ValueError:  # it is writing its name just now
+                who = {}
+            raise _refuse(stage, _who(who)) from None
         stream.seek(0)
         stream.truncate()
         stream.write(json.dumps(_holder()))
         stream.flush()
-        yield
+        yield lambda: False
 
 
 @contextlib.contextmanager
-def _lease(folder: Folder, stage: str) -> Iterator[None]:
+def _lease(folder: Folder, stage: str) -> Iterator[Callable[[], bool]]:
     name = f"{_lock_name(stage)}.json"
     token = uuid.uuid4().hex
+    lost = threading.Event()
 
     def read() -> dict[str, object]:
         try:
@@ -81,28 +90,33 @@ def _lease(folder: Folder, stage: str) -> Iterator[None]:
             return {}
 
     def renew() -> None:
-        folder.write_bytes(name, json.dumps({**_holder(), "token": token, "renewed": time.time()}).encode())
+        folder.write_bytes(name, json.dumps({**_holder(), "token": token, "renewed": _now()}).encode())
 
     found = read() if folder.exists(name) else {}
-    if found and time.time() - float(str(found["renewed"])) < STALE_S:
-        raise _refuse(stage, f"process {found['pid']} on {found['host']} since {found['since']}")
+    if found and _now() - float(str(found.get("renewed", 0))) < STALE_S:
+        raise _refuse(stage, _who(found))
     renew()
     # Stores without conditional writes let two starters both write; the last one stands and the other sees it.
     time.sleep(0.2)
     now = read()
     if now.get("token") != token:
-        raise _refuse(stage, f"process {now.get('pid')} on {now.get('host')} since {now.get('since')}")
+        raise _refuse(stage, _who(now))
     stop = threading.Event()
 
     def keep() -> None:
         while not stop.wait(RENEW_S):
-            renew()
+            with contextlib.suppress(Exception):  # the store did not answer: try again next time
+                if read().get("token") != token:  # we slept too long and another took over
+                    lost.set()
+                    return
+                renew()
 
     thread = threading.Thread(target=keep, name=f"lease {stage}", daemon=True)
     thread.start()
     try:
-        yield
+        yield lost.is_set
     finally:
         stop.set()
         thread.join()
-        folder.remove(name)
+        if read().get("token") == token:
+            folder.remove(name)

@@ -22,14 +22,15 @@ from shards.files import check_space
 from shards.hand import RowInHand, read_hand
 from shards.locks import lock
 
+MOST_TRIES = 20  # how often a shard may wait behind a task that takes its worker down
 LOST_WORKERS = 3  # how often a shard may lose its worker without a row in hand
 
 
 class ShardWork(Protocol):
     """Makes one shard's file. Picklable; returns rows by status or state.
 
-    `hand.hold(row)` goes around decoding; rows in `hand.crashed` are not decoded again. Raises PairmillError to stop the
-    whole stage; any other exception stops that shard only.
+    `hand.hold(row)` goes around decoding; rows in `hand.crashed` are not decoded again. Raises PairmillError to stop
+    the whole stage; any other exception stops that shard only.
     """
 
     def __call__(self, shard: int, hand: RowInHand) -> Mapping[str, int]: ...
@@ -44,6 +45,7 @@ class _Shard:
     crashed: frozenset[int] = frozenset()
     suspects: frozenset[int] = frozenset()
     lost: int = 0
+    tries: int = 0
     started: float = field(default_factory=time.monotonic)
 
 
@@ -66,7 +68,8 @@ def run_stage(
     """
     sizes = stage.dataset.manifest.shards
     rows = sum(sizes[s] for s in pending)
-    with lock(stage.folder, stage.path):
+    with lock(stage.folder, stage.path) as lost_lock:
+        _remove_left_over(stage)
         check_space(stage.folder, rows * bytes_per_row, f"{stage.path} for {rows:,} rows")
         emit(StageStarted(stage.path, len(pending), len(sizes) - len(pending), rows))
         log = _Log(stage)
@@ -78,6 +81,8 @@ def run_stage(
             for result in runner(stage, work, pending, workers, scheduler, emit, gpus):
                 log.write(result)
                 emit(result)
+                if lost_lock():
+                    raise PairmillError(f"{stage.path} of {stage.folder.url} was taken over by another process.")
                 if isinstance(result, ShardDone):
                     done.append(result.shard)
                     total.update(result.counts)
@@ -89,6 +94,13 @@ def run_stage(
             log.close()
         emit(finished)
         return finished
+
+
+def _remove_left_over(stage: Stage) -> None:
+    """Under the stage's lock, temporary files of dead processes are nobody's."""
+    for name in stage.folder.left_over(stage.path):
+        with contextlib.suppress(FileNotFoundError):
+            stage.folder.remove(f"{stage.path}/{name}")
 
 
 def _in_process(
@@ -156,12 +168,13 @@ def _on_dask(
         waiting = [_Shard(s) for s in pending]
         running: dict[Any, _Shard] = {}
         room = sum(client.nthreads().values())
-        done_rows = 0
+        done_rows, failed_rows = 0, 0
         while waiting or running:
             while waiting and len(running) < room:
                 one = waiting.pop(0)
                 one.started = time.monotonic()
-                one.hand = hands / f"{one.number}.{one.lost}.{len(one.crashed)}" if hands else None
+                one.tries += 1
+                one.hand = hands / f"{one.number}.{one.tries}" if hands else None
                 future = client.submit(
                     _run_one,
                     work,
@@ -190,17 +203,20 @@ def _on_dask(
                     yield ShardFailed(stage.path, one.number, traceback.format_exc(limit=-4))
                 else:
                     done_rows += stage.dataset.manifest.shards[one.number]
+                    failed_rows += read_hand(one.hand)[1] if one.hand else 0
                     yield ShardDone(
                         stage.path, one.number, sum(counts.values()), time.monotonic() - one.started, counts
                     )
             live = [read_hand(o.hand) for o in running.values() if o.hand]
-            emit(Progress(stage.path, done_rows + sum(h[0] for h in live), sum(h[1] for h in live)))
+            emit(Progress(stage.path, done_rows + sum(h[0] for h in live), failed_rows + sum(h[1] for h in live)))
 
 
 def _lost_worker(one: _Shard, stage: Stage, emit: Emit) -> ShardFailed | None:
     """Decides what a dead worker means for its shard: which rows to skip or to try alone, or that it has failed."""
+    if one.hand and not one.hand.exists() and one.tries < MOST_TRIES:
+        return None  # it had not begun: it waited behind the task that took the worker down
     held = read_hand(one.hand)[2] if one.hand else frozenset()
-    if len(held) == 1:
+    if len(held) == 1 and held <= one.suspects:
         one.crashed |= held
         one.suspects -= held
         emit(Notice(f"shard {one.number} row {min(held)}: its decoder took the worker down; the row is skipped.", True))

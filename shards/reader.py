@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import PairmillError
-from schemas.tables import COUNTS
+from schemas.tables import COUNTS, VERSIONS, check_version, table_version
 from schemas.tensors import fixed_to_array, from_blob, tensor_spec
 from shards.files import Folder
 
 
-def open_parquet(folder: Folder, name: str) -> pq.ParquetFile:
-    """Raises PairmillError where the file is absent or cut short."""
+@contextlib.contextmanager
+def _naming(folder: Folder, name: str) -> Iterator[None]:
+    """Turns what Arrow says of a missing or damaged file into a PairmillError that names it."""
     try:
-        source: Any = folder.map_path(name) if folder.local is not None else folder.open(name)
-        return pq.ParquetFile(source, memory_map=folder.local is not None, pre_buffer=folder.local is None)
+        yield
     except FileNotFoundError:
         raise PairmillError(f"{folder.url}/{name} is missing. Run the command that makes it.") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise PairmillError(
             f"{folder.url}/{name} is damaged ({error}). Delete it and run the command that made it again."
         ) from None
+
+
+def _check_known(metadata: Mapping[bytes, bytes] | None, where: str) -> None:
+    table, number = table_version(metadata)
+    if table:
+        check_version(table, number, VERSIONS.get(table, 0), where)
+
+
+def open_parquet(folder: Folder, name: str, verify: bool = False) -> pq.ParquetFile:
+    """Raises PairmillError where the file is absent, cut short or of a newer version.
+
+    `verify` compares every page read with its checksum.
+    """
+    with _naming(folder, name):
+        local = folder.local is not None
+        source: Any = folder.map_path(name) if local else folder.open(name)
+        file = pq.ParquetFile(source, memory_map=local, pre_buffer=not local, page_checksum_verification=verify)
+    _check_known(file.metadata.metadata, f"{folder.url}/{name}")
+    return file
 
 
 def parquet_footer(folder: Folder, name: str) -> dict[bytes, bytes]:
@@ -38,19 +58,28 @@ def parquet_footer(folder: Folder, name: str) -> dict[bytes, bytes]:
 
 def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A whole shard's columns. Raises PairmillError as `open_parquet` does."""
-    with open_parquet(folder, name) as file:
+    with open_parquet(folder, name) as file, _naming(folder, name):
         return file.read(columns=None if columns is None else list(columns))
 
 
 def row_groups(
-    folder: Folder, name: str, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+    folder: Folder,
+    name: str,
+    columns: Sequence[str] | None = None,
+    groups: Sequence[int] | None = None,
+    verify: bool = False,
 ) -> Iterator[tuple[int, pa.Table]]:
-    """(first row, table) of each row group, in order: a group's memory at a time."""
-    with open_parquet(folder, name) as file:
+    """(first row, table) of each row group, in order: a group's memory at a time.
+
+    Raises PairmillError as `open_parquet` does, and where a page is damaged.
+    """
+    with open_parquet(folder, name, verify) as file:
         start = 0
         for group in range(file.num_row_groups):
             if groups is None or group in groups:
-                yield start, file.read_row_group(group, columns=None if columns is None else list(columns))
+                with _naming(folder, name):
+                    table = file.read_row_group(group, columns=None if columns is None else list(columns))
+                yield start, table
             start += file.metadata.row_group(group).num_rows
 
 
@@ -66,20 +95,17 @@ def stored_counts(folder: Folder, name: str) -> dict[str, int]:
         return json.loads(parquet_footer(folder, name).get(COUNTS, b"{}"))
     total: Counter[str] = Counter()
     file = _open_arrow(folder, name)
-    for i in range(file.num_record_batches):
-        total.update(json.loads(file.get_batch_with_custom_metadata(i).custom_metadata[COUNTS]))
-    return dict(total)
+    with _naming(folder, name):
+        for i in range(file.num_record_batches):
+            total.update(json.loads(file.get_batch_with_custom_metadata(i).custom_metadata[COUNTS]))
+    return dict(sorted(total.items()))
 
 
 def _open_arrow(folder: Folder, name: str) -> pa.RecordBatchFileReader:
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(folder.map_path(name))))
-    except FileNotFoundError:
-        raise PairmillError(f"{folder.url}/{name} is missing. Run the command that makes it.") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise PairmillError(
-            f"{folder.url}/{name} is damaged ({error}). Delete it and run the command that made it again."
-        ) from None
+    with _naming(folder, name):
+        file = pa.ipc.open_file(pa.memory_map(str(folder.map_path(name))))
+    _check_known(file.schema.metadata, f"{folder.url}/{name}")
+    return file
 
 
 def arrow_schema(folder: Folder, name: str) -> dict[bytes, bytes]:
@@ -94,7 +120,10 @@ class MappedShard:
         file = _open_arrow(folder, name)
         self.where = f"{folder.url}/{name}"
         self.schema = file.schema
-        self.batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+        with _naming(folder, name):
+            self.batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+            for batch in self.batches:
+                batch.validate()  # offsets that point outside the map would read foreign memory
         self.ends = np.cumsum([b.num_rows for b in self.batches])
 
     def __len__(self) -> int:

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.errors import PairmillError, suggest
-from schemas.tables import check_schema, table_schema
+from schemas.tables import VERSIONS, check_schema, table_schema
 from shards.dataset import PAIRS, Dataset
 from shards.reader import open_parquet, parquet_footer
 from shards.writer import write_table
 
-NAME, VERSION = "selection", 1
+NAME = "selection"
+VERSION = VERSIONS[NAME]
 _RECIPE = b"pairmill.recipe"
 SCHEMA_FIELDS = (
     pa.field("shard", pa.int32(), nullable=False),
@@ -37,7 +38,7 @@ class Selection:
     about: dict[str, Any]
 
     def mask(self, shard: int) -> np.ndarray:
-        """bool [rows of the shard]."""
+        """Which rows of the shard are kept: bool [rows]."""
         return self.keep[self.starts[shard] : self.starts[shard + 1]]
 
     def __len__(self) -> int:
@@ -65,9 +66,14 @@ def write_selection(
     `reasons` is null where a row is kept. `source` comes from `made_from`.
     """
     sizes = np.array(dataset.manifest.shards)
-    shard = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    shard: np.ndarray = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     row = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes]) if len(sizes) else np.empty(0, np.int32)
-    about = {"recipe": dict(recipe), "made_from": dict(source), "rows": len(keep), "kept": int(keep.sum())}
+    about: dict[str, Any] = {
+        "recipe": dict(recipe),
+        "made_from": dict(source),
+        "rows": len(keep),
+        "kept": int(keep.sum()),
+    }
     schema = table_schema(NAME, VERSION, SCHEMA_FIELDS, {_RECIPE: json.dumps(about).encode()})
     columns = [pa.array(shard), pa.array(row), pa.array(keep), reasons.cast(SCHEMA_FIELDS[3].type)]
     counts = Counter({"kept": about["kept"], "dropped": len(keep) - about["kept"]})

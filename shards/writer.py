@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 
 
 def parquet_writer(stream: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
-    """zstd for metadata; the image column raw, without dictionary or statistics (it does not compress)."""
+    """Metadata in zstd; the image column raw, without dictionary or statistics (it does not compress)."""
     leaves = _leaf_paths(schema)
     plain = [p for p, raw in leaves if not raw]
     return pq.ParquetWriter(
@@ -34,6 +34,7 @@ def parquet_writer(stream: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
         compression={p: "NONE" if raw else "ZSTD" for p, raw in leaves},
         use_dictionary=plain,
         write_statistics=plain,
+        write_page_checksum=True,  # `check` tells a damaged page from a good one
     )
 
 
@@ -43,8 +44,8 @@ def _leaf_paths(schema: pa.Schema) -> list[tuple[str, bool]]:
     sink = pa.BufferOutputStream()
     pq.ParquetWriter(sink, schema).close()
     leaves = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
-    paths = (leaves.column(i).path for i in range(len(leaves)))
-    return [(p, pa.types.is_large_binary(schema.field(p.split(".")[0]).type)) for p in paths]
+    raw = {f.name for f in schema if pa.types.is_large_binary(f.type)}
+    return [(p, p in raw) for p in (leaves.column(i).path for i in range(len(leaves)))]
 
 
 class PairsWriter:
@@ -114,13 +115,15 @@ class FeatureWriter:
         meta = {**(schema.metadata or {}), DIGEST: digest.encode()}
         self.schema = schema.with_metadata(meta)
         self.writer = pa.ipc.new_file(stream, self.schema)
+        specs = {field.name: tensor_spec(field) for field in schema}
+        self._item = {name: spec[0].itemsize for name, spec in specs.items() if spec is not None}
         self.counts: Counter[str] = Counter()
         self._rows: list[Row] = []
         self._bytes = 0
 
     def append(self, row: Row) -> None:
         """`row["state"]` and, where it is ok, the tensors (numpy arrays) and lists of the schema."""
-        size = sum(v.nbytes for v in row.values() if isinstance(v, np.ndarray))
+        size = sum(v.size * self._item.get(k, v.itemsize) for k, v in row.items() if isinstance(v, np.ndarray))
         if self._rows and (len(self._rows) == BATCH_ROWS or self._bytes + size > GROUP_BYTES):
             self._flush()
         self._rows.append(row)
