@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -94,7 +94,8 @@ class Loader:
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.start, self.threads = start, max(1, threads)
 
-    def __iter__(self) -> Iterator[Loaded]:
+    def stream(self) -> Generator[Loaded, None, None]:
+        """Batches without end; close the generator to let the threads go."""
         with ThreadPoolExecutor(self.threads, thread_name_prefix="batch") as pool:
             ahead: deque[Future[Batch]] = deque()
             index = self.start

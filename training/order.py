@@ -94,7 +94,7 @@ class Mixture:
         self.orders = orders
         share = np.array(weights, dtype=float) / sum(weights)
         due = np.zeros(len(orders))
-        schedule = np.empty(self.PERIOD, np.int64)
+        schedule: np.ndarray = np.empty(self.PERIOD, np.int64)
         for place in range(self.PERIOD):  # the order furthest behind its share comes next
             due += share
             schedule[place] = int(np.argmax(due))
