@@ -90,7 +90,8 @@ class KeyMap:
                 parts = _match(rule.ours, name)
                 if parts is not None:
                     names = [_fill(t, parts) for t in rule.published]
-                    published.update(zip(names, tensor.chunk(len(names)), strict=True))
+                    cut = [tensor] if len(names) == 1 else tensor.chunk(len(names))
+                    published.update(zip(names, cut, strict=True))
                     break
             else:
                 raise KeyError(f"no rule of the key map knows `{name}`")
