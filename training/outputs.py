@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -52,3 +53,7 @@ class Outputs:
                 "`pairmill models` lists which objectives go with which models"
             )
         return value
+
+    def replace(self, **fields: Tensor) -> Outputs:
+        """A copy with other values in the named fields."""
+        return dataclasses.replace(self, **fields)
