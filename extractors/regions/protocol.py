@@ -1,0 +1,58 @@
+"""What every region detector offers, whichever library it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """One image's candidate boxes, all fp32 on the detector's device, in the detector's order.
+
+    boxes            [R, 4]    x1 y1 x2 y2, pixels of the image that was given, exclusive maximum
+    features         [R, D]    pooled over `boxes`
+    class_probs      [R, C+1]  sums to 1, background first
+    attribute_probs  [R, A+1]  "no attribute" first; None where the detector knows none
+    regressed        [R, 4]    the box refined for the best foreground class, clipped to the image; None where
+                               the boxes were given
+    image_feature    [D]       pooled over the whole image
+    """
+
+    boxes: Tensor
+    features: Tensor
+    class_probs: Tensor
+    image_feature: Tensor
+    attribute_probs: Tensor | None = None
+    regressed: Tensor | None = None
+
+
+class Detector(Protocol):
+    """Images in, boxes with features out. A row never depends on the other images of its batch.
+
+    classes      foreground class names; class c is column c + 1 of class_probs
+    attributes   attribute names, () where there are none
+    feature_dim  D
+    fingerprint  changes with anything that changes the rows: name, weights' sha256, input size
+    """
+
+    classes: tuple[str, ...]
+    attributes: tuple[str, ...]
+    feature_dim: int
+    fingerprint: str
+
+    def propose(self, images: Sequence[Tensor]) -> list[Proposals]:
+        """Boxes of the detector's own. images: uint8 [3, H, W] RGB, any sizes."""
+        ...
+
+    def describe(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[Proposals]:
+        """Features and probabilities of given boxes, [R, 4] fp32 px per image, R may be 0."""
+        ...
+
+    def to(self, device: torch.device | str) -> Detector:
+        """Move the weights; returns self."""
+        ...
