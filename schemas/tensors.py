@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +37,11 @@ def blob_tensor(name: str, dtype: str, shape: Sequence[int | str]) -> pa.Field:
 def tensor_spec(field: pa.Field) -> tuple[np.dtype, list[int | str]] | None:
     """(element type, shape) of a blob field, or None for any other field."""
     meta = (field.metadata or {}).get(_KEY)
-    if meta is None:
-        return None
+    return None if meta is None else _parse_spec(meta)
+
+
+@lru_cache(maxsize=256)
+def _parse_spec(meta: bytes) -> tuple[np.dtype, list[int | str]]:
     spec = json.loads(meta)
     return _DTYPES[spec["dtype"]], spec["shape"]
 
@@ -50,12 +54,19 @@ def to_blob(array: np.ndarray, field: pa.Field) -> bytes:
     return np.ascontiguousarray(array, dtype=spec[0]).tobytes()
 
 
-def from_blob(field: pa.Field, scalar: pa.Scalar, shapes: Mapping[str, int | None]) -> np.ndarray | None:
-    """The tensor of one row as a read-only view of the mapped file, or None where the row is null.
+def binary_view(column: pa.Array, at: int) -> memoryview:
+    """The bytes of one value of a `large_binary` column, in place (`column[at].as_buffer()` copies them)."""
+    _, offsets, values = column.buffers()
+    start, end = np.frombuffer(offsets, np.int64, 2, (column.offset + at) * 8)
+    return memoryview(values)[start:end] if values is not None else memoryview(b"")
+
+
+def from_blob(field: pa.Field, column: pa.Array, at: int, shapes: Mapping[str, int | None]) -> np.ndarray | None:
+    """The tensor of row `at` as a read-only view of the mapped file, or None where the row is null.
 
     Raises PairmillError when the bytes do not fit the shape columns (a damaged file).
     """
-    if not scalar.is_valid:
+    if column.null_count and column.slice(at, 1).null_count:
         return None
     spec = tensor_spec(field)
     if spec is None:
@@ -63,10 +74,10 @@ def from_blob(field: pa.Field, scalar: pa.Scalar, shapes: Mapping[str, int | Non
     dtype, shape = spec
     lengths = [shapes[d] if isinstance(d, str) else d for d in shape]
     dims = [-1 if d is None else d for d in lengths]
-    buffer = scalar.as_buffer()
-    if min(dims, default=0) < 0 or buffer.size != math.prod(dims) * dtype.itemsize:
+    buffer = binary_view(column, at)
+    if min(dims, default=0) < 0 or buffer.nbytes != math.prod(dims) * dtype.itemsize:
         raise PairmillError(
-            f"`{field.name}` holds {buffer.size} bytes, which its shape {dims} of {dtype} does not explain: "
+            f"`{field.name}` holds {buffer.nbytes} bytes, which its shape {dims} of {dtype} does not explain: "
             "the feature file is damaged. Delete that shard's file and run the extract command again."
         )
     return np.frombuffer(buffer, dtype=dtype).reshape(dims)

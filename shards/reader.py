@@ -25,7 +25,7 @@ def _naming(folder: Folder, name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise PairmillError(f"{folder.url}/{name} is missing. Run the command that makes it.") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         raise PairmillError(
             f"{folder.url}/{name} is damaged ({error}). Delete it and run the command that made it again."
         ) from None
@@ -123,7 +123,9 @@ class MappedShard:
         with _naming(folder, name):
             self.batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             for batch in self.batches:
-                batch.validate()  # offsets that point outside the map would read foreign memory
+                batch.validate(full=True)  # offsets that point outside the map would read foreign memory
+            for field in self.schema:
+                tensor_spec(field)
         self.ends = np.cumsum([b.num_rows for b in self.batches])
 
     def __len__(self) -> int:
@@ -147,7 +149,7 @@ class MappedShard:
         spec = tensor_spec(field)
         if spec is not None:
             dims = {d: batch.column(d)[at].as_py() for d in spec[1] if isinstance(d, str)}
-            return from_blob(field, column[at], dims)
+            return from_blob(field, column, at, dims)
         if isinstance(field.type, pa.FixedShapeTensorType):
             return fixed_to_array(column.slice(at, 1))[0] if column[at].is_valid else None
         value = column[at].as_py()
