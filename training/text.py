@@ -217,7 +217,7 @@ class SubwordTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         parts = json.loads(self._rust.to_str())
         vocabulary = sorted(self._rust.get_vocab(with_added_tokens=True).items())
-        model = {k: v for k, v in parts["model"].items() if k != "vocab"}
+        model = {k: parts["model"].get(k) for k in ("type", "merges", "unk_token", "continuing_subword_prefix")}
         steps = {k: parts[k] for k in ("normalizer", "pre_tokenizer")}
         return fingerprint({"model": model, "vocabulary": vocabulary, **steps})
 
@@ -273,7 +273,8 @@ def bert_pipeline(vocabulary: dict[str, int], lowercase: bool = True) -> Any:
 def train_wordpiece(captions: Iterable[str], vocab_size: int = 4096) -> SubwordTokenizer:
     """A BERT-uncased vocabulary of at most `vocab_size` pieces, from the captions' words.
 
-    Depends on how often each word occurs and on nothing else: not on order, process or threads.
+    Depends on how often each word occurs and on nothing else: not on order, process or threads. (Beyond two million
+    different words the rarest are let go on the way, and the order matters for those.)
 
     Raises PairmillError: no word at all, or a `vocab_size` below 64.
     """
@@ -306,13 +307,20 @@ def _count_words(captions: Iterable[str]) -> Counter[str]:
     """Words after BERT's cleaning and splitting. Rare ones are let go where there are more than memory is for."""
     bert = bert_pipeline({})
     words: Counter[str] = Counter()
-    rare = 0
     for caption in captions:
         clean = bert.normalizer.normalize_str(_readable(caption))
         words.update(w for w, _ in bert.pre_tokenizer.pre_tokenize_str(clean) if len(w) <= MAX_WORD_CHARS)
-        while len(words) > MAX_COUNTED_WORDS:
-            rare += 1
-            words = Counter({word: n for word, n in words.items() if n > rare})
+        if len(words) > MAX_COUNTED_WORDS:
+            words = _frequent(words, MAX_COUNTED_WORDS // 2)
+    return words
+
+
+def _frequent(words: Counter[str], limit: int) -> Counter[str]:
+    """At most `limit` words: those seen once go first, then those seen twice, and so on."""
+    rare = 1
+    while len(words) > limit:
+        words = Counter({word: n for word, n in words.items() if n > rare})
+        rare += 1
     return words
 
 
@@ -366,16 +374,17 @@ def _from_folder(folder: Path) -> Tokenizer:
             raise PairmillError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}.") from None
         return SubwordTokenizer(rust, str(folder))
     if (folder / "vocab.txt").is_file():
-        pieces = _read(folder / "vocab.txt").splitlines()
+        # Not splitlines: some pieces are themselves line separators of Unicode.
+        pieces = _read(folder / "vocab.txt").rstrip("\n").split("\n")
         options = folder / "tokenizer_config.json"
-        lowercase = json.loads(_read(options)).get("do_lower_case", True) if options.is_file() else True
+        lowercase = _read_object(options).get("do_lower_case", True) if options.is_file() else True
         return SubwordTokenizer(bert_pipeline({p: i for i, p in enumerate(pieces)}, lowercase), str(folder))
     raise PairmillError(f"{folder} has neither tokenizer.json nor vocab.txt. Pass the folder of a tokenizer.")
 
 
 def _saved_clip(path: Path) -> ClipTokenizer:
     tokenizer = ClipTokenizer()
-    saved = json.loads(_read(path)).get("fingerprint")
+    saved = _read_object(path).get("fingerprint")
     if saved != tokenizer.fingerprint:
         raise PairmillError(
             f"{path} was written with another CLIP vocabulary ({saved}) than open_clip carries here "
@@ -387,7 +396,20 @@ def _saved_clip(path: Path) -> ClipTokenizer:
 def _read(path: Path) -> str:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise PairmillError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes: no tokenizer is.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PairmillError(f"{path} is not UTF-8 text. Download it again.") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise PairmillError(f"{path} is not JSON: {error}. Download it again.") from None
+    if not isinstance(content, dict):
+        raise PairmillError(f"{path} is not a JSON object. Download it again.")
+    return content
 
 
 def _from_hub(name: str) -> Tokenizer:
@@ -398,7 +420,10 @@ def _from_hub(name: str) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise PairmillError(
             f"The tokenizer `{name}` is neither a folder nor in the Hugging Face hub or its cache here "
-            f"({str(error).splitlines()[0]}). Download its tokenizer.json (or vocab.txt) into a folder and pass "
+            f"({str(error).partition(chr(10))[0]}). Download its tokenizer.json (or vocab.txt) into a folder and pass "
             "--tokenizer FOLDER."
         ) from None
-    return SubwordTokenizer(fast.backend_tokenizer, name)
+    rust = getattr(fast, "backend_tokenizer", None)
+    if rust is None:
+        raise PairmillError(f"The tokenizer `{name}` has no tokenizer.json form. Pass --tokenizer with one that has.")
+    return SubwordTokenizer(rust, name)
