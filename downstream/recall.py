@@ -98,8 +98,7 @@ def _fold_size(query_image: np.ndarray, candidate_image: np.ndarray, num_folds: 
 def _check_block(scores: np.ndarray, start: int, num_rows: int, num_candidates: int) -> None:
     if scores.shape != (num_rows, num_candidates):
         raise PairmillError(
-            f"Scores from query {start:,} on have shape {list(scores.shape)}, "
-            f"want {num_rows:,} x {num_candidates:,}."
+            f"Scores from query {start:,} on have shape {list(scores.shape)}, want {num_rows:,} x {num_candidates:,}."
         )
     bad = np.isnan(scores).any(axis=1)
     if bad.any():
