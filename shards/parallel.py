@@ -23,6 +23,9 @@ from shards.hand import RowInHand, read_hand
 from shards.locks import lock
 
 MOST_TRIES = 20  # how often a shard may wait behind a task that takes its worker down
+# Ctrl-C reaches every process of the terminal's group; this process decides, and closes the workers.
+_IGNORE_INTERRUPT = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+CONNECT_S = 30.0  # to a scheduler somebody else started
 LOST_WORKERS = 3  # how often a shard may lose its worker without a row in hand
 
 
@@ -185,7 +188,7 @@ def _on_dask(
                     **options,
                 )
                 running[future] = one
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError), client.as_current():
                 wait(list(running), timeout=0.5, return_when="FIRST_COMPLETED")
             for future in [f for f in running if f.done()]:
                 one = running.pop(future)
@@ -254,7 +257,7 @@ def _client(workers: int | None, shards: int, scheduler: str | None, gpus: int) 
     with dask.config.set(settings):
         if scheduler:
             try:
-                client = Client(scheduler, timeout="30s", set_as_default=False)
+                client = Client(scheduler, timeout=CONNECT_S, set_as_default=False)
             except (OSError, ValueError) as error:
                 raise PairmillError(f"No Dask scheduler answers at {scheduler}: {error}.") from None
             with client:
@@ -268,6 +271,7 @@ def _client(workers: int | None, shards: int, scheduler: str | None, gpus: int) 
             dashboard_address=None,
             host="127.0.0.1",
             silence_logs=50,
+            preload=[_IGNORE_INTERRUPT],
             resources={"GPU": 1} if gpus else None,
         )
         with cluster, Client(cluster, set_as_default=False) as client:
