@@ -9,6 +9,7 @@ VisualBERT's row counts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def max_confidence(
     confidences come out in descending order, so the boxes not reached yet could not change it.
     """
     count = len(boxes)
-    found = np.zeros(count, np.float32)
+    found: Array = np.zeros(count, np.float32)
     low = count if min_boxes is None else min(min_boxes, count)
     high = count if max_boxes is None else min(max_boxes, count)
     masks = _overlaps(boxes, nms, inclusive, suppress_equal)
@@ -138,8 +139,8 @@ def max_nms(boxes: Array, scores: Array, min_boxes: int = 36, max_boxes: int = 3
     order = np.argsort(-scores, kind="stable")
     kept: list[int] = []
     threshold = 0.0
-    for threshold in np.arange(0.3, 1.0, 0.1):
-        masks = _overlaps(boxes, float(threshold), False, False)
+    for threshold in np.arange(0.3, 1.0, 0.1).tolist():
+        masks = _overlaps(boxes, threshold, False, False)
         kept, dead = [], 0
         for box in order.tolist():
             if not dead >> box & 1:
@@ -147,7 +148,7 @@ def max_nms(boxes: Array, scores: Array, min_boxes: int = 36, max_boxes: int = 3
                 dead |= masks[box]
         if len(kept) >= min_boxes:
             break
-    return np.array(kept[:max_boxes], np.int64), float(threshold)
+    return np.array(kept[:max_boxes], np.int64), threshold
 
 
 def per_class_detections(
@@ -192,7 +193,7 @@ def visualbert_rows(
     return rows[:max_cap] if max_cap is not None and len(kept) > max_cap else kept
 
 
-def rows_from_proposals(proposals: Proposals, config: RegionsConfig, *, given: bool = False) -> dict[str, Array | int]:
+def rows_from_proposals(proposals: Proposals, config: RegionsConfig, *, given: bool = False) -> dict[str, Any]:
     """One image's stored columns, N boxes sorted by confidence (`given` boxes: all, in the given order).
 
     num_boxes N; boxes float32 [N, 4]; features float16 [N, D]; det_conf float32 [N]; obj_id int32 [N], 0-based
@@ -208,10 +209,10 @@ def rows_from_proposals(proposals: Proposals, config: RegionsConfig, *, given: b
     if given:
         kept, confidence = np.arange(len(at)), probs[:, 1:].max(1, initial=0)
     else:
-        limits = {"conf": config.conf, "min_boxes": config.min_boxes, "max_boxes": config.max_boxes}
-        confidence = max_confidence(at, probs, config.nms, **limits)
-        kept = keep_boxes(confidence, **limits)
-    rows: dict[str, Array | int] = {
+        conf, low, high = config.conf, config.min_boxes, config.max_boxes
+        confidence = max_confidence(at, probs, config.nms, conf=conf, min_boxes=low, max_boxes=high)
+        kept = keep_boxes(confidence, conf, low, high)
+    rows: dict[str, Any] = {
         "num_boxes": len(kept),
         "boxes": at[kept],
         "features": _half(proposals.features, kept),
@@ -230,7 +231,7 @@ def _half(tensor: Tensor, kept: Array) -> Array:
     return tensor[torch.from_numpy(kept).to(tensor.device)].half().cpu().numpy()
 
 
-def _stored_probs(probs: Array, config: RegionsConfig) -> dict[str, Array | int]:
+def _stored_probs(probs: Array, config: RegionsConfig) -> dict[str, Any]:
     if config.cls_probs == "full":
         return {"cls_probs": probs.astype(np.float16)}
     if not config.top_classes:
