@@ -77,7 +77,9 @@ class ViLTConfig(StageConfig):
     model_heads: tuple[ViLTHead, ...] = identity(("masked_language", "matching"), "task heads")
     answers: PositiveInt = identity(3129, "answers of the vqa head")
     quirks: bool = identity(
-        False, "reproduce the original's faults: a training step also permutes images of exactly the limit"
+        False,
+        "reproduce the original's faults: training permutes the patches of images at the limit, and the "
+        "classifiers' LayerNorm decays",
     )
 
     @property

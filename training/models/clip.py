@@ -20,7 +20,7 @@ from schemas.errors import PairmillError
 from shards.files import atomic_file
 from training.batch import Batch
 from training.config_models import Activation, CLIPConfig
-from training.key_maps import KeyMap, LoadReport, load_mapped, rules
+from training.key_maps import KeyMap, LoadReport, rules
 from training.layers import Blocks, Normalise, PreNormBlock, attend, split_heads
 from training.models.base import VisionLanguageModel
 from training.outputs import Outputs
@@ -174,6 +174,11 @@ class CLIP(VisionLanguageModel):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self._init_weights()
 
+    @property
+    def key_map(self) -> KeyMap:
+        """OpenAI's and open_clip's names."""
+        return key_map(self.config)
+
     def _init_weights(self) -> None:
         """openai/CLIP's: the text tower scaled by width and depth, the vision tower as torch makes it."""
         text, width = self.text, self.config.text_width
@@ -247,33 +252,31 @@ class CLIP(VisionLanguageModel):
                 f"{where}: OpenAI's weights were made with {made_with}, the configuration says "
                 f"{self.config.activation}. Set `activation: {made_with}`."
             )
-        return load_mapped(self, tensors, key_map(self.config), where)
+        return super().load_published(tensors, where)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, activation: Activation | None = None) -> CLIP:
+    def from_checkpoint(cls, checkpoint: str | Path | Checkpoint, activation: Activation | None = None) -> CLIP:
         """The model of an OpenAI .pt, an open_clip checkpoint, or an open_clip folder with its configuration.
 
         Raises PairmillError: the file's weights are not a CLIP's; its activation is neither known nor given,
         or known and another one than given.
         """
-        checkpoint = read_checkpoint(path)
-        config = published_config(checkpoint, activation)
-        model = cls(config)
-        model.load_published(checkpoint.tensors, str(path)).require_whole(str(path))
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = read_checkpoint(checkpoint)
+        model, where = cls(published_config(checkpoint, activation)), str(checkpoint.path)
+        model.load_published(checkpoint.tensors, where).require_whole(where)
         return model
 
     def save_open_clip(self, folder: str | Path) -> None:
         """Write open_clip_config.json and model.safetensors; open_clip reads them as `local-dir:FOLDER`."""
-        from safetensors.torch import save
-
         folder = Path(folder)
-        # The model's own name for a weight is the map's other side; buffers of BatchNorm are part of it.
-        tensors = {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}
-        published = key_map(self.config).to_published(tensors)
-        with atomic_file(folder / "model.safetensors") as stream:
-            stream.write(save({name: t.contiguous() for name, t in published.items()}))
+        super().save(folder)
         with atomic_file(folder / "open_clip_config.json") as stream:
             stream.write(json.dumps(open_clip_config(self.config), indent=2).encode())
+
+    def save(self, folder: Path) -> None:
+        """A CLIP's checkpoint is an open_clip folder."""
+        self.save_open_clip(folder)
 
 
 _BLOCK = (

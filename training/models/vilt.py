@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from schemas.errors import PairmillError
 from training.batch import Batch
 from training.config_models import ViLTConfig, ViLTHead
-from training.key_maps import KeyMap, LoadReport, load_mapped, rules
+from training.key_maps import KeyMap, LoadReport, rules
 from training.layers import (
     Blocks,
     MaskedLanguageHead,
@@ -29,7 +29,7 @@ from training.layers import (
 )
 from training.models.base import VisionLanguageModel
 from training.outputs import Outputs
-from training.weights import read_checkpoint
+from training.weights import Checkpoint, read_checkpoint
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -87,6 +87,7 @@ class ViLT(VisionLanguageModel):
     """One transformer reads [text | image class token | patches]; heads read its tokens or its pooled vector."""
 
     config: ViLTConfig
+    head_prefixes = ("heads.",)
 
     def __init__(self, config: ViLTConfig) -> None:
         super().__init__(config)
@@ -109,6 +110,16 @@ class ViLT(VisionLanguageModel):
         self.apply(init_normal)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    @property
+    def key_map(self) -> KeyMap:
+        """The names of dandelin/ViLT's checkpoints."""
+        return KEY_MAP
+
+    def no_decay(self) -> set[str]:
+        """Vectors; with quirks the classifiers' LayerNorm decays, whose name the original's rule does not know."""
+        decayed = {"heads.vqa.1.weight", "heads.nlvr2.1.weight"} if self.config.quirks else set()
+        return super().no_decay() - decayed
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """`input_ids` [B, T] int64 -> [B, T, D], with the token type of text.
@@ -248,17 +259,18 @@ class ViLT(VisionLanguageModel):
         if "ranking" in self.heads and "rank_output.weight" not in tensors and "itm_score.fc.weight" in tensors:
             tensors["rank_output.weight"] = tensors["itm_score.fc.weight"][1:]
             tensors["rank_output.bias"] = tensors["itm_score.fc.bias"][1:]
-        return load_mapped(self, tensors, KEY_MAP, where)
+        return super().load_published(tensors, where)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> ViLT:
+    def from_checkpoint(cls, checkpoint: str | Path | Checkpoint) -> ViLT:
         """The model of a published `vilt_*.ckpt`, with the heads that are in it.
 
         Raises PairmillError: the file's weights are not a ViLT's.
         """
-        tensors = read_checkpoint(path).tensors
-        model = cls(config_from_shapes(tensors))
-        model.load_published(tensors, str(path)).require_whole(str(path))
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = read_checkpoint(checkpoint)
+        model, where = cls(config_from_shapes(checkpoint.tensors)), str(checkpoint.path)
+        model.load_published(checkpoint.tensors, where).require_whole(where)
         return model
 
 

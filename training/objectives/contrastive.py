@@ -24,7 +24,7 @@ class Contrastive(Objective):
 
     name = "contrastive"
     route = "contrastive"
-    inputs = frozenset({"input_ids", "pixel_values"})
+    inputs = frozenset({"input_ids"})
 
     def __init__(self, gather_with_grad: bool = True, local_loss: bool = True) -> None:
         super().__init__()

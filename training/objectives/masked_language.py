@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,9 +17,12 @@ IGNORED = -100
 
 
 class Masker(Protocol):
-    """Masks token ids: (input_ids [B, T] int64, generator) -> (masked ids, labels, -100 = not to be predicted)."""
+    """Masks token ids: (input_ids [B, T] int64, one seed per row) -> (masked ids, labels).
 
-    def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
+    Labels are -100 where nothing is to be predicted. A row's mask depends on its own seed and tokens alone.
+    """
+
+    def __call__(self, input_ids: Tensor, seeds: Sequence[int], /) -> tuple[Tensor, Tensor]: ...
 
 
 class MaskedLanguage(Objective):
@@ -33,14 +37,9 @@ class MaskedLanguage(Objective):
         self.masker = masker
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Mask `input_ids` and set `labels`; each row by its own seed, so that padding and processes do not matter."""
+        """Mask `input_ids` and set `labels`; each row by its own seed, however rows are shared out."""
         assert batch.input_ids is not None
-        ids = batch.input_ids.cpu()
-        seeds = batch.draw_seeds(generator)
-        rows = [
-            self.masker(row[None], torch.Generator().manual_seed(seed)) for row, seed in zip(ids, seeds, strict=True)
-        ]
-        masked, labels = (torch.cat(part).to(batch.device) for part in zip(*rows, strict=True))
+        masked, labels = self.masker(batch.input_ids, batch.draw_seeds(generator))
         return batch.replace(input_ids=masked, labels=labels)
 
     def loss(self, outputs: Outputs, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, Metrics]:
