@@ -80,13 +80,29 @@ class Passes(nn.Module):
         return [self.model(batch, route=route) for batch, route in zip(batches, routes, strict=True)]
 
 
+def sum_losses(
+    objectives: Sequence[tuple[float, Objective]],
+    outputs: Sequence[Outputs],
+    prepared: Sequence[Batch],
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the objectives' losses over their own passes, and all their metrics."""
+    losses: list[Tensor] = []
+    metrics: dict[str, Tensor] = {}
+    for (weight, objective), output, batch in zip(objectives, outputs, prepared, strict=True):
+        loss, own = objective.loss(output, batch, generator)
+        losses.append(weight * loss)
+        metrics |= own
+    return torch.stack(losses).sum(), metrics
+
+
 @dataclass
 class Trainer:
     """One run: what is trained, on what, and how far it has come."""
 
     config: TrainConfig
     model: VisionLanguageModel
-    objectives: Sequence[Objective]
+    objectives: Sequence[tuple[float, Objective]]
     groups: Sequence[ParameterGroup]
     loader: Callable[[int], Loader]
     run: Run
@@ -108,7 +124,7 @@ class Trainer:
         self._names = {id(p): n for n, p in self.model.named_parameters()}
         self._parameters = dict(self.model.named_parameters())
         self._average = Average(self.model, self.config.ema) if self.config.ema else None
-        self._passes = Passes(self.model, self.objectives)
+        self._passes = Passes(self.model, [o for _, o in self.objectives])
 
     @property
     def main(self) -> bool:
@@ -190,18 +206,11 @@ class Trainer:
         generator = torch.Generator().manual_seed(_mix(self.config.seed, index, 1 << 20))
         with torch.no_grad():
             batch = self.model.prepare(batch, generator)
-            prepared = [
-                o.prepare(batch, generator).to(self.accelerator.device, non_blocking=True) for o in self.objectives
-            ]
+            prepared = [o.prepare(batch, generator) for _, o in self.objectives]
+        prepared = [b.to(self.accelerator.device, non_blocking=True) for b in prepared]
         with self.accelerator.autocast():
-            outputs = passes(prepared, [o.route for o in self.objectives])
-            total = torch.zeros((), device=self.accelerator.device)
-            metrics: dict[str, Tensor] = {}
-            weights = [o.weight for o in self.config.objectives]
-            for weight, objective, output, own in zip(weights, self.objectives, outputs, prepared, strict=True):
-                loss, found = objective.loss(output, own, generator)
-                total = total + weight * loss
-                metrics |= found
+            outputs = passes(prepared, [o.route for _, o in self.objectives])
+            total, metrics = sum_losses(self.objectives, outputs, prepared, generator)
         self.accelerator.backward(total / self.config.accumulate)
         return total.detach(), metrics
 
