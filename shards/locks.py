@@ -18,6 +18,7 @@ from shards.files import Folder
 
 RENEW_S = 20.0
 STALE_S = 120.0
+SETTLE_S = 0.2
 _now = time.time
 
 
@@ -97,7 +98,7 @@ def _lease(folder: Folder, stage: str) -> Iterator[Callable[[], bool]]:
         raise _refuse(stage, _who(found))
     renew()
     # Stores without conditional writes let two starters both write; the last one stands and the other sees it.
-    time.sleep(0.2)
+    time.sleep(SETTLE_S)
     now = read()
     if now.get("token") != token:
         raise _refuse(stage, _who(now))

@@ -69,6 +69,8 @@ def run_stage(
     Raises PairmillError: another process holds the stage; the disk cannot take it; no cluster at `scheduler`; or what
     `work` raised as PairmillError. KeyboardInterrupt leaves whole files only.
     """
+    if stage.folder.url.startswith("memory://") and workers != 0:
+        raise PairmillError(f"{stage.folder.url}: memory:// lives in one process only. Use --workers 0, or a folder.")
     sizes = stage.dataset.manifest.shards
     rows = sum(sizes[s] for s in pending)
     with lock(stage.folder, stage.path) as lost_lock:
