@@ -95,3 +95,8 @@ def pairs_digest(status: pa.ChunkedArray | pa.Array, sha256: pa.ChunkedArray | p
     for one, image in zip(status.to_pylist(), sha256.to_pylist(), strict=True):
         digest.update(one.encode() + b"\0" + (image or b"") + b"\n")
     return digest.hexdigest()
+
+
+def uid_share(uid: bytes) -> float:
+    """Where a uid falls in [0, 1): `--sample P` and the rule `sample` keep the rows below P."""
+    return int.from_bytes(uid[:8], "big") / 2**64

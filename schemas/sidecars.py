@@ -20,7 +20,8 @@ class ListSource(BaseModel):
     name: str
     bytes: int
     hash: str = Field(description="blake2b-128 of the file as it lay there")
-    shards: int = Field(description="how many shards it was cut into")
+    shards: int = Field(description="how many shards begin in it")
+    cut: dict[str, Any] = Field(default_factory=dict, description="the cut's choices that were not the defaults")
 
 
 class Manifest(BaseModel):

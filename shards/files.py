@@ -7,6 +7,7 @@ the folder is fsynced. On a store a file is written to the cache and uploaded wh
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -88,7 +89,10 @@ def is_left_over(name: str) -> bool:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens `path` for writing; it appears, whole, when the block ends well, and never otherwise."""
+    """Opens `path` for writing; it appears, whole, when the block ends well, and never otherwise.
+
+    Raises PairmillError when the disk or the quota is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(temporary_name(path.name))
     raw = _Raw(_open(str(temporary)))
@@ -100,10 +104,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raw.give_up()
         _rename(str(temporary), str(path))
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         raw.give_up()
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PairmillError(
+                f"No space left for {path}. What stands is whole: free space and run the same command again."
+            ) from None
         raise
 
 
@@ -280,13 +288,23 @@ class StoreFolder(Folder):
         try:
             with open(temporary, "wb") as stream:
                 yield stream
+            self._upload(temporary, name)
+        finally:
+            os.unlink(temporary)
+
+    def _upload(self, temporary: str, name: str) -> None:
+        """Raises PairmillError where the store does not take the file: network, permission, quota."""
+        try:
             if self.scheme == "memory":  # has no put_file that makes folders
                 with self.fs.open(self._full(name), "wb") as target, open(temporary, "rb") as source:
                     shutil.copyfileobj(source, target, 1 << 20)
             else:
                 self.fs.put_file(temporary, self._full(name))
-        finally:
-            os.unlink(temporary)
+        except Exception as error:  # each store has exceptions of its own
+            raise PairmillError(
+                f"{self.url}/{name} could not be uploaded ({type(error).__name__}: {str(error)[:200]}). "
+                "What stands is whole: run the same command again when the store answers."
+            ) from error
 
     def remove(self, name: str) -> None:
         self.fs.rm_file(self._full(name))
