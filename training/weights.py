@@ -7,15 +7,17 @@ TorchScript archives, which are read as zip files. `torch.jit.load` is never cal
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from schemas.errors import PairmillError
 MAX_PICKLE_BYTES = 1 << 28
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 MAX_WRAPPERS = 4
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 PREFIXES = ("module.", "_orig_mod.")
 FOLDER_FILES = (
     "open_clip_model.safetensors",
@@ -133,13 +136,15 @@ def _read_zip(path: Path) -> tuple[str, Any]:
 
 
 def _read_legacy(path: Path) -> tuple[str, Any]:
-    """Torch files from before 1.6, and plain pickles of arrays (detectron2, maskrcnn-benchmark)."""
-    try:
+    """torch files from before 1.6, and plain pickles of arrays (detectron2, maskrcnn-benchmark)."""
+    with warnings.catch_warnings(), contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError):
+        warnings.simplefilter("ignore")  # about the pickle protocol
         return "torch", torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        pass
     with path.open("rb") as stream:
-        return "pickle", RestrictedUnpickler(stream, encoding="latin1").load()
+        first = RestrictedUnpickler(stream, encoding="latin1").load()
+        if first != LEGACY_MAGIC:
+            return "pickle", first
+        return "torch", _LegacyReader(stream, path.stat().st_size).read()
 
 
 class Placeholder:
@@ -273,6 +278,41 @@ class _ZipReader:
             raise pickle.UnpicklingError(f"data.pkl has {entry.file_size:,} bytes, at most {most:,} are read")
         with self.archive.open(entry) as stream:
             return bytearray(stream.read(most))
+
+
+class _LegacyReader:
+    """A torch file from before 1.6, behind its first number: three pickles, then the storages one by one."""
+
+    def __init__(self, stream: BinaryIO, most: int) -> None:
+        self.stream, self.left = stream, most
+        self.storages: dict[str, Tensor] = {}
+
+    def read(self) -> Any:
+        self._pickle(), self._pickle()  # protocol, machine
+        content, keys = self._pickle(), self._pickle()
+        for key in keys:
+            storage = self.storages[key]
+            if int.from_bytes(self.stream.read(8), "little") != storage.numel():
+                raise pickle.UnpicklingError(f"storage {key} has another size than announced")
+            flat = storage.view(torch.uint8).numpy() if storage.numel() else np.empty(0, np.uint8)
+            if self.stream.readinto(flat) != flat.nbytes:  # type: ignore[attr-defined]
+                raise pickle.UnpicklingError(f"the file ends inside storage {key}")
+        return content
+
+    def _pickle(self) -> Any:
+        unpickler = RestrictedUnpickler(self.stream, encoding="latin1")
+        unpickler.persistent_load = self._storage  # type: ignore[method-assign]
+        return unpickler.load()
+
+    def _storage(self, saved: Any) -> Tensor:
+        """An empty storage as a flat tensor; its bytes stand behind the pickles."""
+        _, dtype, key, _, count, _ = saved
+        if key not in self.storages:
+            self.left -= int(count) * dtype.itemsize
+            if self.left < 0 or count < 0:
+                raise pickle.UnpicklingError(f"storage {key} is larger than the file")
+            self.storages[key] = torch.empty(count, dtype=dtype)
+        return self.storages[key]
 
 
 def _module_state(module: Any, prefix: str = "") -> dict[str, Tensor]:
