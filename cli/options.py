@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
@@ -36,36 +37,42 @@ class Common:
         return Drawer(verbose=self.verbose, quiet=self.quiet, log_file=self.log_file)
 
 
+def new_app(**settings: Any) -> typer.Typer:
+    """A Typer whose help is plain text, as the main command's."""
+    return typer.Typer(rich_markup_mode=None, no_args_is_help=True, **settings)
+
+
 def command(
     app: typer.Typer,
     name: str,
     config: type[StageConfig] | None = None,
     example: str = "",
     hide: tuple[str, ...] = (),
+    partial: bool = False,
 ) -> Callable[[F], F]:
     """Registers a handler `f(config, common, ...)`: one option a field of `config`, and the common ones.
 
-    The handler's docstring is the help, its other parameters are Typer's own. `hide` names fields the handler sets.
+    The handler's docstring is the help, its other parameters are Typer's own. `hide` names fields that are no flags.
+    With `partial` the handler gets `given`, the flags that were given, instead of a configuration.
     """
 
     def register(handler: F) -> F:
-        own = [
-            p for n, p in inspect.signature(handler, eval_str=True).parameters.items() if n not in ("config", "common")
-        ]
+        special = ("config", "given", "common")
+        own = [p for n, p in inspect.signature(handler, eval_str=True).parameters.items() if n not in special]
         fields = {} if config is None else {n: f for n, f in config.model_fields.items() if n not in hide}
 
         @functools.wraps(handler)
-        def call(**given: Any) -> Any:
-            common = Common(given.pop("verbose"), given.pop("quiet"), given.pop("log_file"))
-            given.pop("version")
-            values = {n: _plain(given.pop(n)) for n in fields}
-            extra = {}
-            if config is not None:
-                where = f"pairmill {name}" if not example else example.split(" ", 2)[0] + " " + name
-                extra["config"] = build_config(config, {n: v for n, v in values.items() if v is not None}, where)
-            return handler(common=common, **extra, **given)
+        def call(**flags: Any) -> Any:
+            flags.pop("version")
+            common = Common(flags.pop("verbose"), flags.pop("quiet"), flags.pop("log_file"))
+            values = {n: v for n in fields if (v := flags.pop(n)) not in (None, [], ())}
+            if partial:
+                return handler(given=values, common=common, **flags)
+            if config is None:
+                return handler(common=common, **flags)
+            return handler(config=build_config(config, values, name), common=common, **flags)
 
-        parameters = [*own, *(_parameter(n, f) for n, f in fields.items()), *_common_parameters()]
+        parameters = [*own, *(_parameter(n, f, partial) for n, f in fields.items()), *_common_parameters()]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         text = inspect.cleandoc(handler.__doc__ or "")
@@ -87,24 +94,24 @@ def finish(result: StageFinished) -> int:
     return 1
 
 
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, (list, tuple)) and not value else value
+_SHORT = {"output": ("-o", "--output"), "from_": ("--from",)}
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, partial: bool) -> inspect.Parameter:
     kind = _kind(field.annotation)
-    flag = "--" + name.replace("_", "-")
-    flags = (f"{flag}/--no-{name.replace('_', '-')}",) if kind is bool and field.default is True else (flag,)
-    required = field.is_required()
-    default = None if required else field.get_default(call_default_factory=True)
-    if isinstance(default, tuple):
-        default = list(default)
-    option = typer.Option(*flags, help=field.description, show_default=default not in (None, [], ""))
-    if required:
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option])
-    annotation = kind if default is not None else kind | None
+    flag = name.replace("_", "-")
+    negative = kind is bool and (partial or field.default is True)
+    flags = _SHORT.get(name) or ((f"--{flag}/--no-{flag}",) if negative else (f"--{flag}",))
+    required = field.is_required() and not partial
+    default = None if required or partial else field.get_default(call_default_factory=True)
+    default = list(default) if isinstance(default, tuple) else default
+    option = typer.Option(*flags, help=field.description, show_default=default not in (None, [], "", False))
+    annotation = kind if required or default is not None else kind | None
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else default,
+        annotation=Annotated[annotation, option],
     )
 
 
@@ -118,7 +125,7 @@ def _kind(annotation: Any) -> Any:
         return list[_kind(typing.get_args(annotation)[0])]  # type: ignore[misc]
     if origin is Annotated:
         return _kind(typing.get_args(annotation)[0])
-    if origin is Literal or annotation in (int, float, bool, str):
+    if origin is Literal or annotation in (int, float, bool, str, Path):
         return annotation
     return str
 

@@ -138,6 +138,28 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def describe_run(config: TrainConfig, datasets: Sequence[str]) -> dict[str, Any]:
+    """`describe`, with the pairs of an epoch and the parameter groups.
+
+    Raises PairmillError as `train` does.
+    """
+    sources = open_sources(datasets, config)
+    order = make_order([s.groups() for s in sources], [s.spec.weight for s in sources], config.seed)
+    with torch.device("meta"):
+        model = build_model(model_config(config.family, config.model))
+    groups = [
+        {
+            "from": g.origin,
+            "decay": config.weight_decay if g.decay else 0.0,
+            "lr": config.lr * g.factor,
+            "numbers": g.numbers,
+        }
+        for g in make_groups(model, config, set())
+    ]
+    epochs = config.steps * config.accumulate * config.batch_size / order.length
+    return {**describe(config), "pairs": order.length, "epochs": round(epochs, 2), "groups": groups}
+
+
 def train(
     config: TrainConfig,
     datasets: Sequence[str],
