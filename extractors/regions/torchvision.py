@@ -244,8 +244,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PairmillError(
-            f"`{path}` cannot be read as weights: {str(error).splitlines()[0]} Pass a .safetensors file, "
+            f"`{path}` cannot be read as weights: {reason}. Pass a .safetensors file, "
             "or a torch file that holds nothing but tensors."
         ) from None
     for key in ("model", "state_dict"):
@@ -260,12 +261,16 @@ def _load(name: str, path: Path, digest: str, config: RegionsConfig) -> FasterRC
     state = {k: v.float() if v.is_floating_point() else v for k, v in read_state(path).items()}
     model = _build_tiny(path, state, config) if name == TINY else _build(name, path, state, config)
     _fill(model, state, f"torchvision:{name}", path)
-    if name in ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"):
-        url = get_model_weights(name).COCO_V1.url
-        # These two files were trained with an epsilon of 0; torchvision sets it when it loads them itself.
-        if digest.startswith(_hub_hash(url)):
-            _set_epsilon(model, 0.0)
+    if _is_first_coco_file(name, digest):
+        _set_epsilon(model, 0.0)
     return model
+
+
+def _is_first_coco_file(name: str, digest: str) -> bool:
+    """Whether the file is one of the two that torchvision itself runs with a batch norm epsilon of 0."""
+    if name not in ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"):
+        return False
+    return digest.startswith(_hub_hash(get_model_weights(name).COCO_V1.url))
 
 
 def _set_epsilon(model: FasterRCNN, epsilon: float) -> None:
