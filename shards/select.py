@@ -60,10 +60,12 @@ def write_selection(
     reasons: pa.Array,
     recipe: Mapping[str, Any],
     source: Mapping[str, Any],
+    results: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `selections/NAME.parquet`, then `NAME.json`, a copy of its metadata for people.
 
-    `reasons` is null where a row is kept. `source` comes from `made_from`.
+    `reasons` is null where a row is kept. `source` comes from `made_from`; `results` (the funnel, ...) is kept beside
+    the recipe.
     """
     sizes = np.array(dataset.manifest.shards)
     shard: np.ndarray = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
@@ -73,6 +75,7 @@ def write_selection(
         "made_from": dict(source),
         "rows": len(keep),
         "kept": int(keep.sum()),
+        **(results or {}),
     }
     schema = table_schema(NAME, VERSION, SCHEMA_FIELDS, {_RECIPE: json.dumps(about).encode()})
     columns = [pa.array(shard), pa.array(row), pa.array(keep), reasons.cast(SCHEMA_FIELDS[3].type)]

@@ -1,0 +1,293 @@
+"""`filter`: an ordered recipe of rules over pairs and scores -> a selection. Nothing is copied, nothing deleted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+
+from curation.filter_config import FilterConfig
+from curation.funnel import Curve, FunnelStep, Ledger, far_outside, what_if
+from curation.presets import Preset, preset
+from curation.rules import RULES, Rule, Top
+from curation.table import Table
+from schemas.config import build_config
+from schemas.errors import PairmillError, suggest
+from schemas.events import Emit, Notice, silent
+from schemas.status import NO_IMAGE, SUCCESS
+from shards.dataset import Dataset
+from shards.locks import lock
+from shards.select import made_from, read_selection, selection_about, write_selection
+
+MAX_RECIPE_BYTES = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")
+RuleItem = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FilterResult:
+    """What a filter kept. `path` is the selection's file, None after a dry run; `curves` only then."""
+
+    kept: int
+    rows: int
+    funnel: tuple[FunnelStep, ...]
+    path: str | None
+    curves: tuple[Curve, ...] = ()
+
+
+def filter_dataset(dataset: Dataset | str | Path, config: FilterConfig, emit: Emit = silent) -> FilterResult:
+    """Applies the configuration's recipe and writes `selections/OUTPUT.parquet`.
+
+    Raises PairmillError: unknown rule, column or preset; scores that are missing or unfinished; nothing kept.
+    """
+    data = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
+    return make_selection(data, config.output, recipe_items(config), emit, start=config.from_, dry_run=config.dry_run)
+
+
+def make_selection(
+    dataset: Dataset,
+    name: str | None,
+    items: Sequence[RuleItem],
+    emit: Emit = silent,
+    *,
+    start: str | None = None,
+    dry_run: bool = False,
+) -> FilterResult:
+    """Applies rules in order, each `{"where": ...}`, `{"top": ...}`, ... as in a YAML recipe, and writes a selection.
+
+    `start` names a selection to begin from. Raises PairmillError as `filter_dataset` does.
+    """
+    if not dry_run:
+        _check_name(name)
+    table = Table(dataset)
+    rules = build_rules(table, items, emit)
+    columns = frozenset({"status"}).union(*(r.columns for r in rules))
+    source = _require_complete(table, table.sets_in(columns))
+    ledger = _run(table, rules, columns, start, source)
+    _warn_far(table, rules, emit)
+    result = FilterResult(int(ledger.kept.sum()), ledger.rows, ledger.steps(), None)
+    if dry_run:
+        return FilterResult(result.kept, result.rows, result.funnel, None, _curves(table, rules, ledger))
+    if not result.kept:
+        raise PairmillError(f"No row is left, nothing written. {_where_to(result.funnel)} Try --dry-run.")
+    if name is None:
+        raise AssertionError("checked above")
+    path = f"selections/{name}.parquet"
+    about = _about(dataset, rules, items, start)
+    results = {"funnel": [s.as_dict() for s in result.funnel], "thresholds": _thresholds(rules)}
+    with lock(dataset.folder, f"selections/{name}"):
+        write_selection(dataset, name, ledger.kept.to_numpy(), ledger.reasons(), about, source, results)
+    return FilterResult(result.kept, result.rows, result.funnel, path)
+
+
+def recipe_items(config: FilterConfig) -> list[RuleItem]:
+    """The rules in the order they run: those of `rules`, or preset, where, top, sample, split from the other fields."""
+    if isinstance(config.rules, str):
+        return read_recipe(config.rules)
+    if config.rules is not None:
+        return list(config.rules)
+    items: list[RuleItem] = [{"preset": config.preset}] if config.preset else []
+    items += [{"where": expr} for expr in config.where]
+    if config.top is not None:
+        size: dict[str, Any] = {"share": config.top} if config.top < 1 else {"count": int(config.top)}
+        items.append({"top": {**size, "by": config.by, "of": config.of}})
+    if config.sample is not None:
+        items.append({"sample": config.sample})
+    if config.split is not None:
+        items.append({"split": {"share": config.split, "part": config.part, "by": config.split_by}})
+    return items
+
+
+def read_recipe(path: str | Path) -> list[RuleItem]:
+    """Rules of a YAML file: a list, or `rules:` with a list.
+
+    Raises PairmillError: no such file, larger than 1 MiB, not YAML, unknown keys.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            text = stream.read(MAX_RECIPE_BYTES + 1)
+        if len(text) > MAX_RECIPE_BYTES:
+            raise PairmillError(f"{path} is larger than 1 MiB: not a recipe.")
+        found = yaml.safe_load(text)
+    except OSError as error:
+        raise PairmillError(f"{path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise PairmillError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if isinstance(found, dict):
+        unknown = [k for k in found if k != "rules"]
+        if unknown:
+            raise PairmillError(f"{path}: unknown key `{unknown[0]}`.{suggest(str(unknown[0]), ['rules'])}")
+        found = found.get("rules")
+    if not isinstance(found, list) or not all(isinstance(i, dict) for i in found):
+        raise PairmillError(f"{path}: expected a list of rules, such as `- where: clip_score >= 0.28`.")
+    return found
+
+
+def build_rules(table: Table, items: Sequence[RuleItem], emit: Emit = silent) -> list[Rule[Any]]:
+    """The rules over this dataset. Raises PairmillError for an unknown one, or one that does not fit the dataset."""
+    out: list[Rule[Any]] = []
+    for number, item in enumerate(items, 1):
+        where = f"rule {number}"
+        if not isinstance(item, Mapping) or len(item) != 1:
+            raise PairmillError(f"{where}: expected one `NAME: settings`, such as `where: width >= 200`, got {item!r}.")
+        (kind, settings), *_ = item.items()
+        if kind == "preset":
+            known = preset(str(settings))
+            _check_needs(table, str(settings), known, emit)
+            out += [_build(table, part, f"{where} (preset {settings})") for part in known.rules]
+        else:
+            out.append(_build(table, item, where))
+    return out
+
+
+def _build(table: Table, item: RuleItem, where: str) -> Rule[Any]:
+    (kind, settings), *_ = item.items()
+    if kind not in RULES:
+        raise PairmillError(f"{where}: there is no rule `{kind}`.{suggest(str(kind), [*RULES, 'preset'])}")
+    rule = RULES[kind]
+    if not isinstance(settings, Mapping):
+        if rule.shorthand is None:
+            raise PairmillError(f"{where}: `{kind}` needs settings: {', '.join(rule.config_class.model_fields)}.")
+        settings = {rule.shorthand: settings}
+    return rule(build_config(rule.config_class, dict(settings), f"{where}, `{kind}`"), table)
+
+
+def _check_needs(table: Table, name: str, known: Preset, emit: Emit) -> None:
+    """Raises PairmillError where a column the preset needs is missing; warns where another model made it."""
+    for column, command in known.needs:
+        owners = [full for full in table.columns if full.rpartition(".")[2] == column]
+        if not owners:
+            raise PairmillError(f"Preset {name} needs `{column}`, which {table.dataset.url} lacks. Make it: {command}")
+        for group in table.sets_in(owners):
+            sidecar = table.score_sets[group].sidecar()
+            if known.model and sidecar and known.model not in json.dumps(sidecar.identity):
+                emit(
+                    Notice(f"Preset {name} is made for {known.model}; scores/{group} was made by another model.", True)
+                )
+    if known.lacks:
+        emit(Notice(f"Preset {name} leaves out: {known.lacks}."))
+
+
+def _require_complete(table: Table, sets: Sequence[str]) -> dict[str, Any]:
+    """What the selection is made from.
+
+    Raises PairmillError where shards of pairs or of a score set are missing or older than their pairs.
+    """
+    dataset = table.dataset
+    missing = table.pairs.pending()
+    if missing:
+        raise PairmillError(
+            f"{dataset.url} has pairs for {dataset.num_shards - len(missing)} of {dataset.num_shards} shards. "
+            "Run the download or import command again to finish it."
+        )
+    source = made_from(dataset, list(sets))
+    for name in sets:
+        stage = table.score_sets[name]
+        standing = stage.standing()
+        late = [s for s, d in enumerate(source["digests"]) if s not in standing or stage.digest(s) != d]
+        if late:
+            sidecar = stage.sidecar()
+            scorer = sidecar.name if sidecar else name
+            raise PairmillError(
+                f"scores/{name} lacks {len(late)} of {dataset.num_shards} shards (the first: {late[0]}), or they were "
+                f"made before the pairs changed. Run the `pairmill score` command that made it ({scorer}) again."
+            )
+    return source
+
+
+def _run(
+    table: Table, rules: Sequence[Rule[Any]], columns: frozenset[str], start: str | None, source: dict[str, Any]
+) -> Ledger:
+    """One pass over the files, then the verdicts in order."""
+    inputs = {"status": pl.col("status").is_in([SUCCESS, NO_IMAGE])}
+    for i, rule in enumerate(rules):
+        inputs |= {f"{i}:{key}": expr.alias(f"{i}:{key}") for key, expr in rule.inputs().items()}
+    # `with_columns` first: an aggregate alone would be one row.
+    frame = table.frame(columns).with_columns(**inputs).select(list(inputs))
+    try:
+        values = frame.collect(engine="streaming")
+    except pl.exceptions.PolarsError as error:
+        raise PairmillError(f"The rules cannot be computed: {str(error).splitlines()[0]}.") from None
+    ledger = Ledger(values.height)
+    ledger.add("status", values["status"])
+    successes = ledger.kept
+    if start is not None:
+        base = read_selection(table.dataset, start)
+        source["scores"] = {**base.about["made_from"]["scores"], **source["scores"]}
+        ledger.add(f"from {start}", pl.Series(base.keep))
+    for i, rule in enumerate(rules):
+        prefix = f"{i}:"
+        mine = values.select(pl.col(c).alias(c.removeprefix(prefix)) for c in values.columns if c.startswith(prefix))
+        ledger.add(rule.label, rule.mark(mine, ledger.kept, successes))
+    return ledger
+
+
+def _warn_far(table: Table, rules: Sequence[Rule[Any]], emit: Emit) -> None:
+    """Warns of thresholds that cannot be meant for the column's scale."""
+    thresholds = [(r, t) for r in rules for t in r.thresholds if not isinstance(r, Top)]
+    names = sorted({t.column for _, t in thresholds})
+    if not names:
+        return
+    wanted = [pl.col(n).min().alias(f"{n} low") for n in names] + [pl.col(n).max().alias(f"{n} high") for n in names]
+    found = table.frame(names).select(wanted).collect(engine="streaming").row(0, named=True)
+    for rule, t in thresholds:
+        low, high = found[f"{t.column} low"], found[f"{t.column} high"]
+        if far_outside(t, (low, high)):
+            emit(
+                Notice(
+                    f"`{rule.label}`: {t.value:g} lies far outside what `{t.column}` holds here, {low:g} to {high:g}. "
+                    "Is it another scale?",
+                    warning=True,
+                )
+            )
+
+
+def _curves(table: Table, rules: Sequence[Rule[Any]], ledger: Ledger) -> tuple[Curve, ...]:
+    """What other thresholds would leave, one column in memory at a time."""
+    first = len(ledger.labels) - len(rules)
+    out = []
+    for i, rule in enumerate(rules):
+        for threshold, rest in zip(rule.thresholds, rule.rests, strict=True):
+            frame = table.frame(rule.columns).with_columns(**{"\0rest": rest}).select(threshold.column, "\0rest")
+            column = frame.collect(engine="streaming")
+            others = ledger.others(first + i) & column["\0rest"].fill_null(False)
+            out.append(what_if(ledger.labels[first + i], threshold, column[threshold.column], others))
+    return tuple(out)
+
+
+def _thresholds(rules: Sequence[Rule[Any]]) -> list[dict[str, Any]]:
+    """Every threshold with its rule, for the report's histograms."""
+    return [{"rule": r.label, "column": t.column, "op": t.op, "value": t.value} for r in rules for t in r.thresholds]
+
+
+def _about(
+    dataset: Dataset, rules: Sequence[Rule[Any]], items: Sequence[RuleItem], start: str | None
+) -> dict[str, Any]:
+    """The recipe as it can be run again: presets written out, defaults left out."""
+    written = [{r.kind: r.config.model_dump(mode="json", exclude_defaults=True)} for r in rules]
+    about: dict[str, Any] = {"rules": written}
+    names = [str(i["preset"]) for i in items if "preset" in i]
+    if names:
+        about["presets"] = names
+    if start is not None:
+        about["from"] = {"name": start, "recipe": selection_about(dataset, start)["recipe"]}
+    return about
+
+
+def _where_to(funnel: Sequence[FunnelStep]) -> str:
+    """Which rule took the last rows."""
+    last = next((s for s in funnel if not s.left), None)
+    return "" if last is None else f"`{last.rule}` dropped the last {last.dropped:,} ({last.nulls:,} for a null)."
+
+
+def _check_name(name: str | None) -> None:
+    if name is None:
+        raise PairmillError("Name the selection: -o NAME. Or --dry-run, which writes nothing.")
+    if not _NAME.match(name):
+        raise PairmillError(f"`{name}` is no name for a selection: letters, digits, `_`, `-` and `.`, at most 100.")
