@@ -189,7 +189,9 @@ class Stage:
         """Shards whose file stands, whether it is up to date or not."""
         suffix = _SUFFIX[self.kind]
         stems = (n.removesuffix(suffix) for n in self.folder.names(self.path) if n.endswith(suffix))
-        return {int(s) for s in stems if s.isdigit() and int(s) < self.dataset.num_shards}
+        numbers = {int(s) for s in stems if s.isdigit()}
+        # A task set has its own number of shards; a killed `--extend` may leave more shards of pairs than the manifest.
+        return numbers if self.kind == "tasks" else {s for s in numbers if s < self.dataset.num_shards}
 
     def done(self) -> set[int]:
         """Shards whose file stands and was made from the pairs that stand now."""

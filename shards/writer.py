@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.pairs import pairs_digest
@@ -20,6 +21,7 @@ from shards.files import Folder
 
 GROUP_BYTES = 16 << 20
 BATCH_ROWS = 256
+ROW_BYTES = 256  # what a row weighs beside its image
 
 Row = Mapping[str, Any]
 
@@ -56,6 +58,7 @@ class PairsWriter:
         self.writer = parquet_writer(stream, schema)
         self.counts: Counter[str] = Counter()
         self._rows: list[Row] = []
+        self._parts: list[pa.Table] = []
         self._bytes = 0
         self._seen: list[pa.Table] = []
 
@@ -63,16 +66,36 @@ class PairsWriter:
         """`row` has the schema's columns; a missing one is null."""
         self._rows.append(row)
         self.counts[row["status"]] += 1
-        self._bytes += len(row.get("image") or b"") + 256
+        self._bytes += len(row.get("image") or b"") + ROW_BYTES
         if self._bytes >= GROUP_BYTES:
             self._flush()
 
+    def extend(self, table: pa.Table) -> None:
+        """Rows as a table of the schema, cut into row groups as if they were appended one by one."""
+        self._settle()
+        self.counts.update(table["status"].to_pylist())
+        lengths = pc.fill_null(pc.binary_length(table["image"]), 0).to_numpy() + ROW_BYTES
+        start = 0
+        for at, length in enumerate(lengths.tolist(), 1):
+            self._bytes += length
+            if self._bytes >= GROUP_BYTES:
+                self._parts.append(table.slice(start, at - start))
+                self._flush()
+                start = at
+        self._parts.append(table.slice(start))
+
+    def _settle(self) -> None:
+        if self._rows:
+            self._parts.append(pa.Table.from_pylist(self._rows, schema=self.schema))
+            self._rows = []
+
     def _flush(self) -> None:
-        if self._rows or not self._seen:
-            table = pa.Table.from_pylist(self._rows, schema=self.schema)
+        self._settle()
+        table = pa.concat_tables([self.schema.empty_table(), *self._parts]).combine_chunks()
+        if len(table) or not self._seen:
             self.writer.write_table(table, row_group_size=max(1, len(table)))
             self._seen.append(table.select(["status", "sha256"]))
-            self._rows, self._bytes = [], 0
+        self._parts, self._bytes = [], 0
 
     def close(self) -> None:
         self._flush()

@@ -63,6 +63,25 @@ def test_pairs_come_back(folder, data):
     assert parquet_footer(folder, "pairs.parquet")[DIGEST].decode() == digest
 
 
+@given(st.data())
+@FEW
+def test_tables_and_rows_make_the_same_file(folder, data):
+    carried = data.draw(strategies.carried_fields())
+    rows = data.draw(strategies.pair_rows(carried, max_size=20))
+    cut = data.draw(st.integers(0, len(rows)))
+    schema = pairs_schema(carried)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shards.writer.GROUP_BYTES", 1000)
+        with write_pairs(folder, "rows.parquet", schema) as writer:
+            for row in rows:
+                writer.append(row)
+        with write_pairs(folder, "table.parquet", schema) as writer:
+            for row in rows[:cut]:
+                writer.append(row)
+            writer.extend(pa.Table.from_pylist(rows[cut:], schema=schema))
+    assert folder.read_bytes("rows.parquet") == folder.read_bytes("table.parquet")
+
+
 @given(st.lists(st.integers(0, 7), max_size=40))
 @FEW
 def test_row_groups_are_cut_by_bytes(folder, sizes):
