@@ -54,6 +54,7 @@ def draw_regions(
     confidence: Sequence[float],
     *,
     max_boxes: int = 24,
+    min_confidence: float = 0.0,
     side_px: int = 640,
 ) -> np.ndarray:
     """The picture with its most confident boxes; uint8 [H', W', 3] RGB.
@@ -61,26 +62,47 @@ def draw_regions(
     image      uint8 [H, W, 3] RGB; enlarged until its longer side is side_px, so that labels can be read
     boxes      [N, 4] x1 y1 x2 y2, pixels of the image, exclusive maximum
     labels     N names; one colour a name
-    Tags lie above their box where there is room, else at another of its sides, and off each other where possible.
+
+    A name is drawn once where its boxes overlap by more than half (IoU): the rule of selection keeps a box for
+    its second-best class as well. Tags lie above their box where there is room, else at another of its sides,
+    and off each other where possible.
     """
     height, width = image.shape[:2]
     scale = max(1.0, side_px / max(height, width))
     canvas = Image.fromarray(image).resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
-    order = np.argsort(-np.asarray(confidence, np.float64), kind="stable")[:max_boxes]
+    order = _distinct(boxes, labels, confidence, min_confidence)[:max_boxes]
     pen = ImageDraw.Draw(canvas)
     line = max(2, round(max(canvas.size) / 300))
     font = ImageFont.load_default(max(11, round(max(canvas.size) / 48)))
-    scaled = {i: tuple(float(v) * scale for v in boxes[i]) for i in order.tolist()}
+    scaled = {i: tuple(float(v) * scale for v in boxes[i]) for i in order}
     # The most confident is drawn last, on top.
-    for i in reversed(order.tolist()):
+    for i in reversed(order):
         _outline(pen, scaled[i], _colour(labels[i]), line)
     placed: list[Rectangle] = []
-    for i in order.tolist():
+    for i in order:
         tag = _measure(pen, font, f"{labels[i]} {confidence[i]:.2f}")
         spot = _place(tag, scaled[i], placed, list(scaled.values()), canvas.size)
         placed.append(spot)
         _write(pen, font, tag, spot, _colour(labels[i]))
     return np.asarray(canvas)
+
+
+def _distinct(
+    boxes: np.ndarray, labels: Sequence[str], confidence: Sequence[float], min_confidence: float
+) -> list[int]:
+    """Rows to draw, the most confident first."""
+    kept: list[int] = []
+    for i in np.argsort(-np.asarray(confidence, np.float64), kind="stable").tolist():
+        repeats = any(labels[i] == labels[j] and _iou(boxes[i], boxes[j]) > 0.5 for j in kept)
+        if confidence[i] >= min_confidence and not repeats:
+            kept.append(i)
+    return kept
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    shared = _shared(tuple(a), tuple(b))
+    whole = sum(float((c[2] - c[0]) * (c[3] - c[1])) for c in (a, b)) - shared
+    return shared / whole if whole > 0 else 0.0
 
 
 def _colour(label: str) -> tuple[int, int, int]:

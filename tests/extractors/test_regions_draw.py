@@ -57,7 +57,7 @@ def test_labels_of_one_spot_do_not_hide_each_other(monkeypatch):
     place = draw._place
     monkeypatch.setattr(draw, "_place", lambda *a: spots.append(place(*a)) or spots[-1])
     boxes = np.array([[100, 80, 200, 150]] * 5, np.float32) + np.arange(5)[:, None]
-    draw_regions(GREY, boxes, ["square"] * 5, [0.9, 0.8, 0.7, 0.6, 0.5], side_px=300)
+    draw_regions(GREY, boxes, [f"square {i}" for i in range(5)], [0.9, 0.8, 0.7, 0.6, 0.5], side_px=300)
     assert len(spots) == 5
     shared = [draw._shared(a, b) for i, a in enumerate(spots) for b in spots[:i]]
     assert max(shared) == 0
@@ -68,6 +68,21 @@ def test_only_the_most_confident_boxes_are_drawn():
     drawn = draw_regions(GREY, boxes, ["a", "b"], [0.3, 0.6], max_boxes=1, side_px=300)
     _, columns = _changed(GREY, drawn)
     assert columns.min() > 150
+
+
+def test_boxes_below_the_confidence_are_not_drawn():
+    boxes = np.array([[10, 60, 60, 110], [200, 60, 250, 110]], np.float32)
+    drawn = draw_regions(GREY, boxes, ["a", "b"], [0.3, 0.1], min_confidence=0.2, side_px=300)
+    _, columns = _changed(GREY, drawn)
+    assert columns.max() < 150
+
+
+def test_a_name_is_drawn_once_on_one_spot():
+    boxes = np.array([[100, 60, 160, 120], [102, 62, 162, 122], [20, 60, 80, 120]], np.float32)
+    one = draw_regions(GREY, boxes[[0, 2]], ["a", "a"], [0.9, 0.7], side_px=300)
+    assert np.array_equal(draw_regions(GREY, boxes, ["a", "a", "a"], [0.9, 0.8, 0.7], side_px=300), one)
+    other = draw_regions(GREY, boxes, ["a", "b", "a"], [0.9, 0.8, 0.7], side_px=300)
+    assert not np.array_equal(other, one)
 
 
 def test_a_name_has_one_colour():
