@@ -17,7 +17,9 @@ from pathlib import Path
 SLOTS = 64
 _HEAD = struct.Struct("<qq")  # rows done, rows failed
 _SLOT = struct.Struct("<q")  # row + 1, 0 when empty
-_SIZE = _HEAD.size + SLOTS * _SLOT.size
+_NOTE = struct.Struct("128s")  # UTF-8, what limits the task just now
+_NOTE_AT = _HEAD.size + SLOTS * _SLOT.size
+_SIZE = _NOTE_AT + _NOTE.size
 
 
 class RowInHand:
@@ -55,9 +57,10 @@ class RowInHand:
                 self._alone = False
                 self._change.notify_all()
 
-    def progress(self, done: int, failed: int) -> None:
-        """Rows done and failed so far, for the live line."""
+    def progress(self, done: int, failed: int, note: str = "") -> None:
+        """Rows done and failed so far, and a word on what limits the task, for the live line."""
         _HEAD.pack_into(self._map, 0, done, failed)
+        _NOTE.pack_into(self._map, _NOTE_AT, note.encode())
 
 
 def read_hand(path: Path) -> tuple[int, int, frozenset[int]]:
@@ -71,3 +74,11 @@ def read_hand(path: Path) -> tuple[int, int, frozenset[int]]:
     done, failed = _HEAD.unpack_from(data, 0)
     rows = (_SLOT.unpack_from(data, _HEAD.size + i * _SLOT.size)[0] for i in range(SLOTS))
     return done, failed, frozenset(r - 1 for r in rows if r)
+
+
+def read_note(path: Path) -> str:
+    """What limits the task, as another process noted it; '' where it said nothing."""
+    data = path.read_bytes() if path.exists() else b""
+    if len(data) < _SIZE:
+        return ""
+    return _NOTE.unpack_from(data, _NOTE_AT)[0].rstrip(b"\0").decode(errors="ignore")

@@ -19,7 +19,7 @@ from schemas.errors import PairmillError
 from schemas.events import Emit, Notice, Progress, ShardDone, ShardFailed, StageFinished, StageStarted
 from shards.dataset import Stage
 from shards.files import check_space
-from shards.hand import RowInHand, read_hand
+from shards.hand import RowInHand, read_hand, read_note
 from shards.locks import lock
 
 MOST_TRIES = 20  # how often a shard may wait behind a task that takes its worker down
@@ -142,11 +142,11 @@ class _LiveHand(RowInHand):
         self._next = 0.0
         self.failed = 0
 
-    def progress(self, done: int, failed: int) -> None:
+    def progress(self, done: int, failed: int, note: str = "") -> None:
         self.failed = failed
         if time.monotonic() >= self._next:
             stage, emit, before, before_failed = self._report
-            emit(Progress(stage, before + done, before_failed + failed))
+            emit(Progress(stage, before + done, before_failed + failed, note))
             self._next = time.monotonic() + 0.5
 
 
@@ -213,7 +213,9 @@ def _on_dask(
                         stage.path, one.number, sum(counts.values()), time.monotonic() - one.started, counts
                     )
             live = [read_hand(o.hand) for o in running.values() if o.hand]
-            emit(Progress(stage.path, done_rows + sum(h[0] for h in live), failed_rows + sum(h[1] for h in live)))
+            rows, failed_now = done_rows + sum(h[0] for h in live), failed_rows + sum(h[1] for h in live)
+            notes = (read_note(o.hand) for o in running.values() if o.hand)
+            emit(Progress(stage.path, rows, failed_now, next(filter(None, notes), "")))
 
 
 def _lost_worker(one: _Shard, stage: Stage, emit: Emit) -> ShardFailed | None:

@@ -15,7 +15,7 @@ import pytest
 from schemas.errors import PairmillError
 from schemas.events import Notice, Progress, ShardDone, ShardFailed, StageFinished, StageStarted, silent
 from shards.dataset import Dataset
-from shards.hand import RowInHand, read_hand
+from shards.hand import RowInHand, read_hand, read_note
 from shards.parallel import run_stage, threads_per_worker
 from shards.reader import read_table
 from tests.atomicity import tree
@@ -226,8 +226,9 @@ def test_rows_in_hand_are_seen_by_another_process(tmp_path):
     path = tmp_path / "hand"
     hand = RowInHand(path)
     with hand.hold(7), hand.hold(9):
-        hand.progress(3, 1)
+        hand.progress(3, 1, "één host limits the run" + "!" * 200)
         assert read_hand(path) == (3, 1, {7, 9})
+        assert read_note(path) == "één host limits the run" + "!" * 103
     assert read_hand(path) == (3, 1, frozenset())
     assert read_hand(tmp_path / "none") == (0, 0, frozenset())
     path.write_bytes(b"cut")
