@@ -36,7 +36,7 @@ def ipot(cost: Tensor, words: Tensor, patches: Tensor, beta: float = 0.5, iterat
     cost [B, T, N], words [B, T] bool, patches [B, N] bool -> plan [B, N, T]; rows and columns sum to
     1/patches and 1/words, masked entries are 0.
     """
-    cost = cost.float()
+    cost, tiny = cost.float(), 1e-30  # a pair without words or patches has nothing to move: 0, not 0/0
     both = patches[:, :, None] & words[:, None, :]
     num_words = words.sum(1).clamp(min=1).float()[:, None]
     num_patches = patches.sum(1).clamp(min=1).float()[:, None]
@@ -46,8 +46,8 @@ def ipot(cost: Tensor, words: Tensor, patches: Tensor, beta: float = 0.5, iterat
     sigma = (words / num_words)[:, :, None]
     for _ in range(iterations):
         Q = kernel * plan
-        delta = 1 / (num_patches * (Q @ sigma)[:, :, 0] + away_patches)
-        sigma = (1 / (num_words * (delta[:, None] @ Q)[:, 0] + away_words))[:, :, None]
+        delta = 1 / (num_patches * (Q @ sigma)[:, :, 0] + away_patches).clamp(min=tiny)
+        sigma = (1 / (num_words * (delta[:, None] @ Q)[:, 0] + away_words).clamp(min=tiny))[:, :, None]
         plan = delta[:, :, None] * Q * sigma.transpose(1, 2)
     return plan * both
 
