@@ -155,9 +155,11 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
         return _plain_type(kind.storage_type)
     if pa.types.is_null(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
-    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":  # Python's own times stop at microseconds
         return pa.timestamp("us", kind.tz)
-    return kind
+    if pa.types.is_time64(kind):
+        return pa.time64("us")
+    return pa.duration("us") if pa.types.is_duration(kind) else kind
 
 
 def recarried(columns: Columns, schema: pa.Schema) -> Columns:
@@ -293,7 +295,7 @@ def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
         except pa.ArrowInvalid:
             return pa.array([text_of(v) for v in texts.cast(pa.large_binary()).to_pylist()], kind)
         return texts
-    return values.cast(kind, safe=not pa.types.is_timestamp(kind))
+    return values.cast(kind, safe=not pa.types.is_temporal(kind))
 
 
 def _value(value: Any, kind: pa.DataType) -> Any:

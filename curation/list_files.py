@@ -32,7 +32,7 @@ KINDS = {
     ".txt": "txt",
 }
 PACKINGS = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
-# What a dataset keeps in its own folder: never read as a list when the output lies inside the input folder.
+# What a dataset keeps in its own folder: never read as a list, though a dataset may lie in a folder of lists.
 _OURS = frozenset(
     {
         "input",
@@ -115,17 +115,16 @@ def shown_url(text: str) -> str:
 
 
 def _in_folder(fs: Any, folder: str, shown: str, output: Folder | None) -> list[ListFile]:
-    mine = _filesystem(output.url)[1].rstrip("/") if output is not None else None
+    paths = sorted(fs.find(folder))
+    datasets = {p.rpartition("/")[0] for p in paths if p.endswith("/dataset.json")}
+    if output is not None:
+        datasets.add(_filesystem(output.url)[1].rstrip("/"))
     files = []
-    for path in sorted(fs.find(folder)):
+    for path in paths:
         inside = path[len(folder.rstrip("/")) + 1 :]
-        if (
-            any(part.startswith((".", "_")) for part in inside.split("/"))
-            or _is_output(path, mine)
-            or not kind_of(path)
-        ):
-            continue
-        files.append(_file(fs, path, inside))
+        hidden = any(part.startswith((".", "_")) for part in inside.split("/"))
+        if not hidden and kind_of(path) and not any(_is_ours(path, dataset) for dataset in datasets):
+            files.append(_file(fs, path, inside))
     kinds = sorted({f.kind for f in files})
     if not files:
         raise PairmillError(
@@ -139,10 +138,8 @@ def _in_folder(fs: Any, folder: str, shown: str, output: Folder | None) -> list[
     return files
 
 
-def _is_output(path: str, output: str | None) -> bool:
-    if output is None or not path.startswith(output + "/"):
-        return False
-    return path[len(output) + 1 :].split("/", 1)[0] in _OURS
+def _is_ours(path: str, dataset: str) -> bool:
+    return path.startswith(dataset + "/") and path[len(dataset) + 1 :].split("/", 1)[0] in _OURS
 
 
 def _file(fs: Any, path: str, name: str) -> ListFile:

@@ -6,6 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
@@ -231,24 +232,20 @@ def _cut(folder: Folder, old: Manifest | None, reading: _Reading, first: Piece, 
 
 def _in_shards(first: Piece, tables: Iterator[Piece], shard_rows: int) -> Iterator[Piece]:
     """(list in which the shard begins, its rows); only the last one is short."""
-    waiting: deque[Piece] = deque([first])
-    have = len(first[1])
-    more = True
-    while waiting:
-        while more and have < shard_rows:
-            following = next(tables, None)
-            more = following is not None
-            if following is not None:
-                waiting.append(following)
-                have += len(following[1])
-        parts, missing, begin = [], shard_rows, waiting[0][0]
+    pieces = chain([first], tables)
+    waiting: deque[Piece] = deque()
+    while True:
+        while sum(len(table) for _, table in waiting) < shard_rows and (piece := next(pieces, None)) is not None:
+            waiting.append(piece)
+        if not waiting:
+            return
+        begin, missing, parts = waiting[0][0], shard_rows, []
         while waiting and missing:
             index, table = waiting.popleft()
             parts.append(table.slice(0, missing))
             if len(table) > missing:
                 waiting.appendleft((index, table.slice(missing)))
             missing -= len(parts[-1])
-        have -= shard_rows - missing
         yield begin, pa.concat_tables(parts)
 
 
