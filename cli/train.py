@@ -61,7 +61,8 @@ def train(
         result = run_training(config, datasets, output, emit, _validation(val))
     last = f", loss {result.loss:.4f}" if result.loss is not None else ""
     best = f", best {result.best:.4f}" if result.best is not None else ""
-    typer.echo(f"{result.run}: step {result.step:,} of {result.steps:,}{last}{best}")
+    if result.main:
+        typer.echo(f"{result.run}: step {result.step:,} of {result.steps:,}{last}{best}")
     return 0 if result.finished or config.stop else 1
 
 

@@ -62,6 +62,7 @@ class TrainResult:
     steps: int
     loss: float | None
     best: float | None
+    main: bool = True  # whether this process is the one that tells
 
     @property
     def finished(self) -> bool:
@@ -112,7 +113,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
+        # accelerate keeps the first run's precision for the whole process; the next run may want another.
+        AcceleratorState._reset_state()
         precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[self.config.precision]
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
         self.step = 0
@@ -145,7 +149,7 @@ class Trainer:
         end = min(self.config.steps, self.config.stop or self.config.steps)
         with _on_sigterm(self._ask_to_stop), self._metrics() as write:
             self._steps(passes, optimizer, end, write)
-        return TrainResult(self.run.path, self.step, self.config.steps, self.loss, self.best)
+        return TrainResult(self.run.path, self.step, self.config.steps, self.loss, self.best, self.main)
 
     def _steps(self, passes: nn.Module, optimizer: Any, end: int, write: Write) -> None:
         saved = time.monotonic()
@@ -234,7 +238,8 @@ class Trainer:
         tensors = {f"optimizer/{n}": t for n, t in optimizer_tensors(self._optimizer, self._names).items()}
         tensors |= {f"objectives/{n}": t.cpu().contiguous() for n, t in self._passes.objectives.state_dict().items()}
         if self._average:
-            tensors |= {f"weights/{n}": p.detach().cpu().contiguous() for n, p in self._parameters.items()}
+            # A copy: while the checkpoint is written the parameters hold the average.
+            tensors |= {f"weights/{n}": p.detach().cpu().clone() for n, p in self._parameters.items()}
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from schemas.errors import PairmillError
-from schemas.events import Emit, Notice
+from schemas.events import Emit, Notice, silent
 from shards.dataset import PAIRS
 from shards.files import hash_file
 from shards.reader import read_table
@@ -176,6 +176,7 @@ def train(
     from accelerate import PartialState
 
     state = PartialState(cpu=config.device == "cpu")
+    emit = emit if state.is_main_process else silent
     run, sources = Run(output), open_sources(datasets, config)
     order = make_order([s.groups() for s in sources], [s.spec.weight for s in sources], config.seed)
     with state.main_process_first():
