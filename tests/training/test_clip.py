@@ -115,6 +115,9 @@ def test_wrong_activation_of_a_folder_is_an_error(tmp_path):
     CLIP(TINY).save(tmp_path)
     with pytest.raises(PairmillError, match="made with quick_gelu, not gelu"):
         CLIP.from_checkpoint(tmp_path, activation="gelu")
+    with pytest.raises(PairmillError, match="Set `activation: quick_gelu`"):
+        CLIP(TINY.model_copy(update={"activation": "gelu"})).load_checkpoint(tmp_path)
+    assert CLIP(TINY).load_checkpoint(tmp_path).missing == ()
 
 
 @pytest.mark.parametrize(

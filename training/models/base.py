@@ -13,6 +13,7 @@ from shards.files import atomic_file
 from training.batch import Batch
 from training.key_maps import KeyMap, LoadReport, load_mapped
 from training.outputs import Outputs
+from training.weights import read_checkpoint
 
 CONFIG_FILE = "model.json"
 
@@ -62,6 +63,13 @@ class VisionLanguageModel(nn.Module):
         Raises PairmillError: a shape that is not ours.
         """
         return load_mapped(self, tensors, self.key_map, where)
+
+    def load_checkpoint(self, path: str | Path) -> LoadReport:
+        """Copy the weights of a published checkpoint, or of a run's, in.
+
+        Raises PairmillError: a file that is no checkpoint, or `load_published`'s.
+        """
+        return self.load_published(read_checkpoint(path).tensors, str(path))
 
     def published_state(self) -> dict[str, Tensor]:
         """Parameters and buffers under their published names, on the CPU."""

@@ -246,13 +246,25 @@ class CLIP(VisionLanguageModel):
 
         Raises PairmillError: a shape that is not ours, or weights made with another activation.
         """
-        made_with = published_activation(tensors)
+        self._refuse_other(published_activation(tensors), where)
+        return super().load_published(tensors, where)
+
+    def load_checkpoint(self, path: str | Path) -> LoadReport:
+        """Copy the weights of a file or folder in; an open_clip_config.json beside them tells their activation.
+
+        Raises PairmillError: a file that is no checkpoint, or `load_published`'s.
+        """
+        checkpoint = read_checkpoint(path)
+        beside = _config_beside(checkpoint)
+        self._refuse_other(beside.activation if beside else None, str(path))
+        return self.load_published(checkpoint.tensors, str(path))
+
+    def _refuse_other(self, made_with: Activation | None, where: str) -> None:
         if made_with is not None and made_with != self.config.activation:
             raise PairmillError(
-                f"{where}: OpenAI's weights were made with {made_with}, the configuration says "
+                f"{where}: these weights were made with {made_with}, the configuration says "
                 f"{self.config.activation}. Set `activation: {made_with}`."
             )
-        return super().load_published(tensors, where)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str | Path | Checkpoint, activation: Activation | None = None) -> CLIP:
@@ -382,26 +394,30 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
+def _config_beside(checkpoint: Checkpoint) -> CLIPConfig | None:
+    """What the open_clip_config.json in the checkpoint's folder says, if there is one."""
+    path = checkpoint.path.parent / "open_clip_config.json"
+    return config_from_open_clip(read_json(path), str(path)) if path.is_file() else None
+
+
 def published_config(checkpoint: Checkpoint, activation: Activation | None = None) -> CLIPConfig:
     """The configuration of a published checkpoint: from open_clip_config.json beside it, else from its shapes.
 
     Raises PairmillError: see CLIP.from_checkpoint.
     """
-    beside = checkpoint.path.parent / "open_clip_config.json"
-    if beside.is_file():
-        config = config_from_open_clip(read_json(beside), str(beside))
-        known: Activation | None = config.activation
-    else:
-        known = published_activation(checkpoint.tensors)
-        if known is None and activation is None:
-            raise PairmillError(
-                f"{checkpoint.path}: whether these weights need GELU or QuickGELU is not written in them. "
-                "Say so: open_clip's plain names are gelu, its -quickgelu names and OpenAI's are quick_gelu."
-            )
-        config = config_from_shapes(checkpoint.tensors, known or activation or "gelu")
-    if activation is not None and activation != known and known is not None:
+    beside = _config_beside(checkpoint)
+    known = beside.activation if beside else published_activation(checkpoint.tensors)
+    if known is not None and activation not in (None, known):
         raise PairmillError(f"{checkpoint.path}: these weights were made with {known}, not {activation}")
-    return config
+    if beside is not None:
+        return beside
+    activation = known or activation
+    if activation is None:
+        raise PairmillError(
+            f"{checkpoint.path}: whether these weights need GELU or QuickGELU is not written in them. "
+            "Say so: open_clip's plain names are gelu, its -quickgelu names and OpenAI's are quick_gelu."
+        )
+    return config_from_shapes(checkpoint.tensors, activation)
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
