@@ -99,7 +99,7 @@ class Run:
         return target
 
     def prune(self, keep: int) -> None:
-        """Removes all but the newest `keep` checkpoints (best and last stay) and what a killed run left half-written."""
+        """Removes all but the newest `keep` checkpoints (best and last stay), and what a killed run left."""
         steps = self.steps()
         stay = {*steps[-keep:], self.pointer("best"), self.pointer("last")}
         for step in steps:
