@@ -7,16 +7,19 @@ from typing import Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from schemas.config import StageConfig, execution, identity
+from extractors.config import NAME, DeviceConfig
+from schemas.config import execution, identity
 
 _CLS_PROBS = re.compile(r"full|none|topk:[1-9][0-9]*")
 
 
-class RegionsConfig(StageConfig):
-    """Which detector looks, which of its boxes are kept, and what is stored of each."""
+class RegionsConfig(DeviceConfig):
+    """`pairmill extract regions`. What the weights are is identity by their hash; where they lie is not."""
+
+    name: str = execution("regions", "name of the feature set", pattern=NAME)
 
     detector: str = identity("torchvision:tiny", "torchvision:NAME")
-    weights: str | None = identity(
+    weights: str | None = execution(
         None, "weights file, or DEFAULT for torchvision's own; `torchvision:tiny` brings its own"
     )
     boxes: str | None = identity(None, "column of given boxes (lists of x1 y1 x2 y2) to describe in place of proposals")
@@ -35,17 +38,6 @@ class RegionsConfig(StageConfig):
     size: PositiveInt | None = identity(
         None, "shorter side that the detector sees, px (default: the detector's, 600; its longer side 5/3 of it)"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = identity(
-        "auto", "arithmetic; auto: fp16 on CUDA, fp32 on the CPU"
-    )
-    name: str = execution("regions", "name of the feature set")
-    device: str = execution("auto", "auto, cpu, cuda, cuda:N")
-    batch_size: PositiveInt | Literal["auto"] = execution("auto", "images a batch")
-    selection: str | None = execution(None, "compute only the rows that this selection keeps")
-    workers: NonNegativeInt = execution(0, "Dask workers; 0: in this process")
-    num_gpus: NonNegativeInt = execution(0, "GPUs, one process each; 0: one device")
-    scheduler: str | None = execution(None, "address of a Dask scheduler, tcp://...")
-    threads: NonNegativeInt = execution(0, "decoding threads; 0: as many as the cores allow")
 
     @model_validator(mode="after")
     def _fit(self) -> Self:

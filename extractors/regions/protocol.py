@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,10 @@ class Detector(Protocol):
     attributes: tuple[str, ...]
     feature_dim: int
     fingerprint: str
+
+    def key(self, height: int, width: int) -> Hashable:
+        """Images of equal keys are computed in one pass, height and width in px; others take one pass each."""
+        ...
 
     def propose(self, images: Sequence[Tensor]) -> list[Proposals]:
         """Boxes of the detector's own. images: uint8 [3, H, W] RGB, any sizes."""

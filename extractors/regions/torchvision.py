@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
 import urllib.error
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import get_model, get_model_weights
@@ -25,6 +20,7 @@ from extractors.regions.config import RegionsConfig
 from extractors.regions.protocol import Proposals
 from extractors.regions.tiny import TRAINED_PX, build_tiny
 from schemas.errors import PairmillError, suggest
+from shards.weights import read_checkpoint, read_json
 
 NAMES = (
     "fasterrcnn_resnet50_fpn",
@@ -91,14 +87,14 @@ class TorchvisionDetector:
 
     @torch.inference_mode()
     def _run(self, images: Sequence[Tensor], boxes: Sequence[Tensor] | None) -> list[Proposals]:
-        prepared = [self._prepare(image) for image in images]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (padded, _) in enumerate(prepared):
-            groups.setdefault(tuple(padded.shape), []).append(i)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(self.key(*image.shape[-2:]), []).append(i)
         found: dict[int, Proposals] = {}
         for members in groups.values():
-            tensors = torch.cat([prepared[i][0] for i in members])
-            sizes = [prepared[i][1] for i in members]
+            prepared = [self._prepare(images[i]) for i in members]
+            tensors = torch.cat([padded for padded, _ in prepared])
+            sizes = [size for _, size in prepared]
             given = None if boxes is None else [boxes[i] for i in members]
             originals = [(int(images[i].shape[1]), int(images[i].shape[2])) for i in members]
             found |= dict(zip(members, self._run_group(tensors, sizes, originals, given), strict=True))
@@ -112,11 +108,21 @@ class TorchvisionDetector:
         transform = self.model.transform
         device = next(self.model.parameters()).device
         normal = transform.normalize(image.to(device, torch.float32) / 255)
-        height, width = normal.shape[-2:]
-        scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
-        size = (max(1, int(height * scale)), max(1, int(width * scale)))
+        size = self._size(*image.shape[-2:])
         resized = F.interpolate(normal[None], size=size, mode="bilinear", align_corners=False)
         return transform.batch_images([resized[0]], transform.size_divisible), size
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in px at which an image of that size is seen."""
+        shortest, longest = self.model.transform.min_size[-1], self.model.transform.max_size
+        scale = min(shortest / min(height, width), longest / max(height, width))
+        return max(1, int(height * scale)), max(1, int(width * scale))
+
+    def key(self, height: int, width: int) -> tuple[int, int]:
+        """The padded size at which an image of that size is seen, (height, width) in px."""
+        step = self.model.transform.size_divisible
+        seen = self._size(height, width)
+        return -(-seen[0] // step) * step, -(-seen[1] // step) * step
 
     def _run_group(
         self,
@@ -233,32 +239,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor, from safetensors or a torch file; nothing in the file is executed.
-
-    A checkpoint that keeps them under `model` or `state_dict` is looked into.
-    Raises PairmillError: unreadable, or holding other things than tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PairmillError(
-            f"`{path}` cannot be read as weights: {reason}. Pass a .safetensors file, "
-            "or a torch file that holds nothing but tensors."
-        ) from None
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise PairmillError(f"`{path}` holds no state dict: names with tensors were expected.")
-    return state
-
-
 def _load(name: str, path: Path, digest: str, config: RegionsConfig) -> FasterRCNN:
-    state = {k: v.float() if v.is_floating_point() else v for k, v in read_state(path).items()}
+    state = {k: v.float() if v.is_floating_point() else v for k, v in read_checkpoint(path).tensors.items()}
     model = _build_tiny(path, state, config) if name == TINY else _build(name, path, state, config)
     _fill(model, state, f"torchvision:{name}", path)
     if _is_first_coco_file(name, digest):
@@ -334,7 +316,7 @@ def _class_names(model: FasterRCNN, path: Path) -> tuple[str, ...]:
         count = model.roi_heads.box_predictor(torch.zeros(1, _head_width(model)))[0].shape[1] - 1
     beside = path.with_suffix(".json")
     if beside.is_file():
-        names = json.loads(beside.read_text(encoding="utf-8")).get("classes", [])
+        names = read_json(beside).get("classes", [])
         if len(names) != count:
             raise PairmillError(f"`{beside}` names {len(names)} classes, `{path.name}` has {count}.")
         return tuple(str(n) for n in names)

@@ -192,5 +192,5 @@ def test_configuration_is_checked(values, message):
 def test_every_field_has_its_role():
     roles = RegionsConfig.roles()
     execution = {name for name, role in roles.items() if role == "execution"}
-    assert {"device", "batch_size", "selection", "workers", "name"} <= execution
-    assert {"detector", "weights", "conf", "nms", "min_boxes", "max_boxes", "box_source"}.isdisjoint(execution)
+    assert {"device", "batch_size", "selection", "workers", "name", "weights"} <= execution
+    assert {"detector", "conf", "nms", "min_boxes", "max_boxes", "box_source"}.isdisjoint(execution)

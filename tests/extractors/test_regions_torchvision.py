@@ -16,8 +16,9 @@ from extractors.regions import torchvision as backend
 from extractors.regions.backends import load_detector
 from extractors.regions.config import RegionsConfig
 from extractors.regions.selection import rows_from_proposals
-from extractors.regions.torchvision import TorchvisionDetector, read_state, weights_file
+from extractors.regions.torchvision import TorchvisionDetector, weights_file
 from schemas.errors import PairmillError
+from shards.weights import read_checkpoint
 
 NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
 CLASSES = 7
@@ -100,6 +101,12 @@ def test_rows_do_not_depend_on_the_batch(name, request):
     backwards = detector.propose(images[::-1])[::-1]
     for a, b in zip(together, backwards, strict=True):
         _close(a, b)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 161), (1, 900), (517, 300)])
+def test_key_is_the_padded_size(size, mobile):
+    padded, _ = mobile._prepare(torch.zeros(3, *size, dtype=torch.uint8))
+    assert mobile.key(*size) == tuple(padded.shape[-2:])
 
 
 def test_given_boxes_get_the_features_of_equal_proposals(mobile):
@@ -191,7 +198,7 @@ def test_fingerprint_follows_what_changes_the_rows(weights, mobile):
 
 
 def test_weights_from_safetensors_are_the_same(weights, mobile, tmp_path):
-    state = read_state(weights)
+    state = read_checkpoint(weights).tensors
     path = tmp_path / "same.safetensors"
     save_file({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)
     config = RegionsConfig(detector=f"torchvision:{NAME}", weights=str(path), size=96, proposals=20)
@@ -239,7 +246,7 @@ def test_weights_of_another_architecture_are_named(weights):
 
 
 def test_weights_of_another_shape_are_named(weights, tmp_path):
-    state = read_state(weights)
+    state = read_checkpoint(weights).tensors
     state["rpn.head.cls_logits.weight"] = state["rpn.head.cls_logits.weight"][:2]
     torch.save(state, tmp_path / "cut.pth")
     _fails(
@@ -267,13 +274,13 @@ def test_hostile_and_broken_files_are_refused(kind, tmp_path):
         torch.save({"a": _Trap(trap)}, path)
     else:
         path.write_bytes(b"" if kind == "empty" else b"\x00nonsense" * 40)
-    _fails("cannot be read", detector=f"torchvision:{NAME}", weights=str(path))
+    _fails(str(path), detector=f"torchvision:{NAME}", weights=str(path))
     assert not trap.exists()
 
 
 def test_a_file_of_other_things_is_refused(tmp_path):
     torch.save({"a": 1}, tmp_path / "x.pth")
-    _fails("no state dict", detector=f"torchvision:{NAME}", weights=str(tmp_path / "x.pth"))
+    _fails(r"x\.pth", detector=f"torchvision:{NAME}", weights=str(tmp_path / "x.pth"))
 
 
 def test_more_top_classes_than_there_are():
