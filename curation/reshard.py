@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from extractors.resume import MARKS, marks_metadata, row_marks
-from schemas.pairs import pairs_schema
+from schemas.pairs import carried_fields, pairs_schema
 from schemas.status import OK
 from schemas.tables import COUNTS, DIGEST
 from shards.dataset import Dataset, new_manifest
@@ -127,8 +127,7 @@ def pairs_schema_of(dataset: Dataset) -> pa.Schema:
     if not dataset.num_shards:
         return pairs_schema()
     with open_parquet(dataset.folder, dataset.stage("pairs").file(0)) as file:
-        schema = file.schema_arrow
-    return schema.with_metadata(_bare(schema.metadata))
+        return pairs_schema(carried_fields(file.schema_arrow))
 
 
 @dataclass(frozen=True)
