@@ -80,7 +80,7 @@ def make_selection(
         raise AssertionError("checked above")
     path = f"selections/{name}.parquet"
     about = _about(dataset, rules, items, start)
-    results = {"funnel": [s.as_dict() for s in result.funnel], "thresholds": _thresholds(rules)}
+    results = {"funnel": [s.as_dict() for s in result.funnel], "thresholds": _thresholds(rules, ledger)}
     with lock(dataset.folder, f"selections/{name}"):
         write_selection(dataset, name, ledger.kept.to_numpy(), ledger.reasons(), about, source, results)
     return FilterResult(result.kept, result.rows, result.funnel, path)
@@ -261,9 +261,11 @@ def _curves(table: Table, rules: Sequence[Rule[Any]], ledger: Ledger) -> tuple[C
     return tuple(out)
 
 
-def _thresholds(rules: Sequence[Rule[Any]]) -> list[dict[str, Any]]:
-    """Every threshold with its rule, for the report's histograms."""
-    return [{"rule": r.label, "column": t.column, "op": t.op, "value": t.value} for r in rules for t in r.thresholds]
+def _thresholds(rules: Sequence[Rule[Any]], ledger: Ledger) -> list[dict[str, Any]]:
+    """Every threshold with its rule's label, for the report's histograms."""
+    labels = ledger.labels[len(ledger.labels) - len(rules) :]
+    named = [(label, t) for label, rule in zip(labels, rules, strict=True) for t in rule.thresholds]
+    return [{"rule": label, "column": t.column, "op": t.op, "value": t.value} for label, t in named]
 
 
 def _about(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -106,9 +107,9 @@ def what_if(label: str, threshold: Threshold, values: pl.Series, candidates: pl.
     if not len(ranked):
         return Curve(label, threshold.column, threshold.op, threshold.value, ())
     at: np.ndarray = np.unique(np.append(np.quantile(ranked, np.linspace(0, 1, CURVE_POINTS)), threshold.value))
-    low, high = np.searchsorted(ranked, at, "left"), np.searchsorted(ranked, at, "right")
-    lefts: dict[str, np.ndarray] = {">=": len(ranked) - low, ">": len(ranked) - high, "<=": high, "<": low}
-    left = lefts[threshold.op]
+    side: Literal["left", "right"] = "left" if threshold.op in (">=", "<") else "right"
+    below: list[int] = np.atleast_1d(np.searchsorted(ranked, at, side)).tolist()
+    left = [len(ranked) - n for n in below] if threshold.op[0] == ">" else below
     points = tuple((float(a), int(n)) for a, n in zip(at, left, strict=True))
     return Curve(label, threshold.column, threshold.op, threshold.value, points)
 
