@@ -18,7 +18,7 @@ class RegionsConfig(DeviceConfig):
 
     name: str = execution("regions", "name of the feature set", pattern=NAME)
 
-    detector: str = identity("torchvision:tiny", "torchvision:NAME")
+    detector: str = identity("torchvision:tiny", "torchvision:tiny, or torchvision:NAME with weights")
     weights: str | None = execution(
         None, "weights file, or DEFAULT for torchvision's own; `torchvision:tiny` brings its own"
     )

@@ -183,9 +183,10 @@ def _proposals(
     proposed: bool,
 ) -> Proposals:
     """Take the last row, the whole image, apart; boxes back to pixels of the image that was given."""
-    refined = resize_boxes(clip_boxes_to_image(refined[:-1], size), size, original)
+    refined = clip_boxes_to_image(resize_boxes(refined[:-1], size, original), original)
+    boxes = resize_boxes(rois[:-1], size, original)
     return Proposals(
-        boxes=resize_boxes(rois[:-1], size, original),
+        boxes=clip_boxes_to_image(boxes, original) if proposed else boxes,
         features=pooled[:-1],
         class_probs=probs[:-1],
         image_feature=pooled[-1],
