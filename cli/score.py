@@ -1,0 +1,32 @@
+"""`pairmill score ...`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.options import Common, command, finish, new_app
+from extractors.config import ClipScoreConfig
+
+app = new_app()
+score = new_app(help="Score every pair; scores lie beside the pairs.")
+app.add_typer(score, name="score")
+
+
+@score.callback()
+def _score() -> None:
+    """Score every pair; scores lie beside the pairs."""
+
+
+@command(score, "clip", ClipScoreConfig, example="pairmill score clip DATASET --model runs/clip")
+def clip(
+    config: ClipScoreConfig,
+    common: Common,
+    dataset: Annotated[str, typer.Argument(help="The dataset, a folder or URL.")],
+) -> int:
+    """Score how well caption and image go together: the raw cosine of a CLIP, and both embeddings as features."""
+    from extractors.clip import score_clip
+
+    with common.drawer() as emit:
+        return finish(score_clip(dataset, config, emit))
