@@ -110,13 +110,14 @@ class Batch:
         return dataclasses.replace(self, **fields)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """A copy whose tensors are on `device`."""
-        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors.items()}
-        return self.replace(**moved)
-
-    def pin_memory(self) -> Batch:
-        """A copy in pinned memory, from which copies to a GPU run beside the computation."""
-        return self.replace(**{name: t.pin_memory() for name, t in self.tensors.items()})
+        """A copy whose tensors are on `device`; to a GPU through pinned memory, so that it need not be waited for."""
+        pin = non_blocking and torch.device(device).type == "cuda"
+        return self.replace(
+            **{
+                name: (t.pin_memory() if pin and t.device.type == "cpu" else t).to(device, non_blocking=non_blocking)
+                for name, t in self.tensors.items()
+            }
+        )
 
     def images(self, index: Tensor | None = None) -> Batch:
         """Only the image fields; of the pairs `index` [B'] int64 where it is given."""

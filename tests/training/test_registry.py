@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from schemas.errors import PairmillError
+from training.batch import Batch
 from training.config import ObjectiveConfig, preset_names, read_preset
 from training.config_models import CLIP_SIZES, VILT_SIZES
 from training.objectives import Objective, Together
@@ -76,6 +77,9 @@ def test_options_reach_the_objective():
     assert not contrastive.local_loss
     ((_, masked),) = objectives("vilt", {"name": "masked_language", "options": {"probability": 0.3}})
     assert masked.masker.probability == 0.3
+    ids = torch.randint(5, 30, (3, 12), generator=torch.Generator().manual_seed(0))
+    prepared = masked.prepare(Batch(input_ids=ids), torch.Generator().manual_seed(1))
+    assert (prepared.labels != -100).sum(1).tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
