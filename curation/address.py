@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from urllib.parse import quote, urljoin, urlsplit
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -61,6 +62,7 @@ def _escaped(text: str, safe: str) -> str:
     return quote(_LONE_PERCENT.sub("%25", text), safe=safe, errors="surrogateescape")
 
 
+@lru_cache(maxsize=10_000)
 def _encoded_host(host: str) -> str:
     """IDNA for names; addresses in their one canonical form. Raises FetchError bad_url."""
     try:

@@ -34,6 +34,9 @@ from schemas.status import SUCCESS
 MAX_REDIRECTS = 5
 ROBOTS_BYTES = 512 * 1024
 BACKOFF_S, BACKOFF_CAP_S = 0.5, 10.0
+# Short: a crawl meets hundreds of hosts a second, and each kept connection is an open file.
+KEEP_ALIVE_S = 1.0
+HEADER_BYTES = 32 * 1024
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # What counts against a host. Its refusals (404, robots) are answers; these are a host that cannot.
 _HOST_FAULTS = frozenset({"dns_error", "connect_error", "tls_error", "timeout", "protocol_error"})
@@ -92,17 +95,21 @@ def host_of(url: str | None) -> str:
         return ""
 
 
+def new_hosts(config: DownloadConfig, workers: int = 1) -> Hosts:
+    """The hosts of one of `workers` processes: each takes its share of `per_host`, at least 1."""
+    return Hosts(max(config.per_host // workers, 1), config.host_failures, config.host_rest)
+
+
 class Fetcher:
     """An async context that fetches many URLs, each on its own.
 
     hosts    connections and failures by host; pass one to keep them over several fetchers of a process
-    workers  processes of the run: each takes its share of `per_host`, at least 1
+    workers  processes of the run, for the hosts' share of connections
     """
 
     def __init__(self, config: DownloadConfig, hosts: Hosts | None = None, workers: int = 1):
         self._config = config
-        self._share = max(config.per_host // workers, 1)
-        self.hosts = hosts or Hosts(self._share, config.host_failures, config.host_rest)
+        self.hosts = hosts or new_hosts(config, workers)
         self._rule = AddressRule(config.allow_private)
         self._refused = Refused(config.skip_hosts, config.opt_out)
         self._proxies = urllib.request.getproxies() if config.proxy_from_environment else {}
@@ -112,7 +119,7 @@ class Fetcher:
     async def __aenter__(self) -> Self:
         self._resolver = GuardedResolver(self._rule, self._config.connect_timeout)
         self._direct = self._session(
-            aiohttp.TCPConnector(resolver=self._resolver, limit=0, ttl_dns_cache=300, keepalive_timeout=15)
+            aiohttp.TCPConnector(resolver=self._resolver, limit=0, ttl_dns_cache=300, keepalive_timeout=KEEP_ALIVE_S)
         )
         # The proxy itself may well be private, so this connector has no guard; it only ever serves proxied requests.
         self._proxied = self._session(aiohttp.TCPConnector(limit=0)) if self._proxies else None
@@ -131,6 +138,8 @@ class Fetcher:
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,  # unpacked by curation/body.py, which counts
+            max_line_size=HEADER_BYTES,
+            max_field_size=HEADER_BYTES,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_timeout),
             headers={
                 "User-Agent": user_agent(self._config.contact),
@@ -221,14 +230,11 @@ class Fetcher:
 
     async def _request(self, url: URL, trace: _Trace, max_bytes: int, lease: Lease) -> bytes | URL:
         """One request: the body, or where a redirect leads. Reports to the host's account how it went."""
-        good: bool | None = None
+        good = False  # as for a row whose deadline comes while this host has it
         try:
             answer = await self._exchange(url, trace, max_bytes, lease)
             good = True
             return answer
-        except asyncio.CancelledError:
-            good = False  # the row's deadline, while this host had it
-            raise
         except Exception as error:
             failure = from_exception(error)
             good = not (failure.status in _HOST_FAULTS or (failure.status == "http_error" and failure.again))

@@ -14,7 +14,6 @@ class _Host:
     active: int = 0
     failures: int = 0
     rests_until: float | None = None
-    on_trial: bool = False
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
     def idle(self) -> bool:
@@ -35,6 +34,8 @@ class Hosts:
         self._clock = clock
         self._hosts: dict[str, _Host] = {}
         self.on_free: Callable[[str], None] = lambda host: None
+        #: The host that alone limits the rows under way, None where none does. For the live line.
+        self.limiting: str | None = None
 
     def __len__(self) -> int:
         return len(self._hosts)
@@ -72,25 +73,25 @@ class Hosts:
         self.on_free(host)
 
     def admits(self, host: str) -> bool:
-        """False while the host rests. After the rest, True once: for the trial."""
+        """False while the host rests. After the rest, True once in a rest's length: for the trial."""
         state = self._hosts.get(host)
         if state is None or state.rests_until is None:
             return True
-        if state.on_trial or self._clock() < state.rests_until:
+        if self._clock() < state.rests_until:
             return False
-        state.on_trial = True
+        # Others rest on while the trial is under way, and after a trial of which nothing is heard.
+        state.rests_until = self._clock() + self._rest_s
         return True
 
-    def report(self, host: str, good: bool | None) -> None:
-        """How a request ended: well, badly, or (None) without having reached the host."""
+    def report(self, host: str, good: bool) -> None:
+        """How a request ended."""
         state = self._hosts.setdefault(host, _Host())
         if good:
             state.failures, state.rests_until = 0, None
-        elif good is False:
+        else:
             state.failures += 1
-            if state.on_trial or state.failures >= self._failures:
+            if state.failures >= self._failures:
                 state.rests_until = self._clock() + self._rest_s
-        state.on_trial = False
         self._forget(host, state)
 
     def _forget(self, host: str, state: _Host) -> None:

@@ -67,7 +67,7 @@ def fetch_rows(
     hold       context around the decoding of row i, entered in the decoding thread (`RowInHand.hold`)
     on_result  called as each row is done, in the calling thread; what it returns is kept in its place (a lighter
                one, say, with the image spilled to disk); what it raises stops the run and is raised here
-    hosts      connections and failures by host, kept from shard to shard
+    hosts      connections and failures by host, kept from shard to shard (`curation.fetch.new_hosts`)
     workers    processes of the run, which share `per_host`
     """
     return asyncio.run(_Rows(rows, config, hold, on_result).run(hosts, workers))
@@ -110,6 +110,7 @@ class _Rows:
                 result = await self._finished(i, fetched, fetcher)
             finally:
                 lease.release()
+            fetcher.hosts.limiting = queue.held_up
             self._results[i] = self._on_result(i, result)
 
     async def _finished(self, i: int, fetched: Fetched, fetcher: Fetcher) -> Result:

@@ -57,15 +57,15 @@ def to_rgb(image: Image.Image, icc: bytes | None) -> tuple[np.ndarray, bool]:
     0..255; transparent pixels lie on white; a profile that does not fit the pixels is ignored.
     """
     if image.mode in _DEEP:
-        return _profiled(Image.fromarray(_eight_bits(image)), icc)[0], False
+        return profiled(Image.fromarray(_eight_bits(image)), icc)[0], False
     if image.has_transparency_data:
         return _on_white(image.convert("RGBA"), icc)
-    rgb, converted = _profiled(image, icc)
+    rgb, converted = profiled(image, icc)
     return rgb, not converted and image.mode in ("1", "L", "P", "RGB")
 
 
-def _profiled(image: Image.Image, icc: bytes | None) -> tuple[np.ndarray, bool]:
-    """(pixels in sRGB, whether the profile changed them)."""
+def profiled(image: Image.Image, icc: bytes | None) -> tuple[np.ndarray, bool]:
+    """(uint8 [H, W, 3] in sRGB, whether the profile changed them) of an 8-bit image."""
     if needs_conversion(icc):
         assert icc is not None
         if image.mode not in ("L", "RGB", "CMYK"):
@@ -78,7 +78,7 @@ def _profiled(image: Image.Image, icc: bytes | None) -> tuple[np.ndarray, bool]:
 
 def _on_white(image: Image.Image, icc: bytes | None) -> tuple[np.ndarray, bool]:
     alpha = np.asarray(image.getchannel("A"))
-    rgb, converted = _profiled(image.convert("RGB"), icc)
+    rgb, converted = profiled(image.convert("RGB"), icc)
     if alpha.min() == 255:
         return rgb, not converted
     share = alpha[..., None].astype(np.uint16)

@@ -1,6 +1,6 @@
 """Bytes <-> RGB: the one decoder and the one encoder.
 
-Plain JPEGs (8 bits, grey or YCbCr, no foreign colour profile) go through OpenCV, everything else through Pillow;
+Plain JPEGs (8 bits, grey or three components) go through OpenCV, everything else through Pillow;
 both use libjpeg-turbo and give equal pixels. Every image comes out as a viewer would show it: upright, in sRGB,
 8 bits, on white, the first frame of an animation.
 
@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from shards.colour import needs_conversion, to_rgb
+from shards.colour import needs_conversion, profiled, to_rgb
 from shards.headers import HeaderError, JpegHeader, read_jpeg, read_size, sniff, without_metadata
 
 __all__ = ["MAX_PIXELS", "Decoded", "Header", "ImageError", "decode", "decode_rgb", "encode", "header", "sniff"]
@@ -179,7 +179,8 @@ def _check_size(kind: str, width: int, height: int, max_pixels: int) -> None:
 
 def _decode_plain_jpeg(data: bytes, jpeg: JpegHeader, shrink_to: tuple[int, int] | None) -> Decoded | None:
     """Through OpenCV; None where the JPEG is not plain or OpenCV does not like it."""
-    if jpeg.components not in (1, 3) or jpeg.precision != 8 or needs_conversion(jpeg.icc):
+    foreign = needs_conversion(jpeg.icc)
+    if jpeg.components not in ((3,) if foreign else (1, 3)) or jpeg.precision != 8:
         return None
     factor = _reduction(jpeg, shrink_to)
     try:
@@ -188,9 +189,12 @@ def _decode_plain_jpeg(data: bytes, jpeg: JpegHeader, shrink_to: tuple[int, int]
         return None
     if bgr is None:
         return None
-    rgb = _upright(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr), jpeg.orientation)
+    rgb, converted = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr), False
+    if foreign:  # after the reduction: a phone's picture has 12 MP and a Display P3 profile
+        rgb, converted = profiled(Image.fromarray(rgb), jpeg.icc)
+    rgb = _upright(rgb, jpeg.orientation)
     width, height = _turned(jpeg.width, jpeg.height, jpeg.orientation)
-    plain = jpeg.orientation == 1 and not jpeg.broken_metadata
+    plain = jpeg.orientation == 1 and not jpeg.broken_metadata and not converted
     return Decoded(rgb, "jpeg", width, height, plain)
 
 

@@ -191,6 +191,15 @@ def test_foreign_profile_is_converted(kind):
     assert not decoded.plain
 
 
+def test_profile_is_applied_to_reduced_pixels_too():
+    picture = Image.fromarray(smooth(640, 480))
+    data = saved(picture, "JPEG", icc_profile=adobe_like_profile(), quality=95)
+    reduced = decode(data, shrink_to=(160, 120))
+    assert reduced.rgb.shape == (120, 160, 3)
+    full = cv2.resize(decode_rgb(data), (160, 120), interpolation=cv2.INTER_AREA)
+    assert psnr(reduced.rgb, full) > 40
+
+
 def test_srgb_profile_changes_nothing_and_a_broken_one_is_ignored():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     plain = decode_rgb(saved(Image.fromarray(smooth()), "JPEG"))
