@@ -118,7 +118,7 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer) -> tuple[VisionLanguag
     model = build_model(own)
     if config.weights is None:
         return model, set(), "all parameters are new"
-    report = model.load_published(read_checkpoint(config.weights).tensors, config.weights)
+    report = model.load_checkpoint(config.weights)
     if not report.loaded:
         raise PairmillError(f"{config.weights}: none of its weights is of a {config.family}: {report}.")
     return model, set(report.loaded), f"{config.weights}: {report}"
@@ -126,7 +126,7 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer) -> tuple[VisionLanguag
 
 def make_groups(model: VisionLanguageModel, config: TrainConfig, loaded: set[str]) -> list[ParameterGroup]:
     """The run's parameter groups."""
-    return parameter_groups(model, config, loaded, ["heads."], model.no_decay())
+    return parameter_groups(model, config, loaded, model.head_prefixes, model.no_decay())
 
 
 def describe(config: TrainConfig) -> dict[str, Any]:
