@@ -134,9 +134,11 @@ def _sidecar(
     command: str,
 ) -> Sidecar:
     kind = FEATURES if stage.kind == "features" else SCORES
-    return make_sidecar(
-        command, stage.name, (kind, VERSION), config, extra, loader.provenance, loader.versions, recorded
-    )
+    fields = loader.fields if kind == FEATURES else loader.score_fields
+    own = {field.name for field in fields}
+    made = {"precision": extra["precision"]} if "precision" in extra else {}
+    columns = {name: {**what, **made} for name, what in loader.provenance.items() if name in own}
+    return make_sidecar(command, stage.name, (kind, VERSION), config, extra, columns, loader.versions, recorded)
 
 
 def _tell_space(emit: Emit, loader: Loader, rows: int, to: Outputs) -> None:

@@ -59,7 +59,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises PairmillError: no such file, a format nobody knows, a damaged or empty file.
     """
-    path = _file_of(Path(path))
+    path = checkpoint_file(Path(path))
     if path.suffix == ".safetensors":
         return Checkpoint(path, "safetensors", _unprefixed(_safetensors(path)))
     kind, content = _read_pickled(path)
@@ -83,7 +83,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _file_of(path: Path) -> Path:
+def checkpoint_file(path: Path) -> Path:
+    """The file itself, or the one of a usual name in a folder. Raises PairmillError where there is none."""
     if path.is_dir():
         for name in FOLDER_FILES:
             if (path / name).is_file():
