@@ -15,7 +15,7 @@ import yaml
 from curation.filter_config import FilterConfig
 from curation.funnel import Curve, FunnelStep, Ledger, far_outside, what_if
 from curation.presets import Preset, preset
-from curation.rules import RULES, Rule, Top
+from curation.rules import RULES, Rule
 from curation.table import Table
 from schemas.config import build_config
 from schemas.errors import PairmillError, suggest
@@ -65,12 +65,7 @@ def make_selection(
     """
     if not dry_run:
         _check_name(name)
-    table = Table(dataset)
-    rules = build_rules(table, items, emit)
-    columns = frozenset({"status"}).union(*(r.columns for r in rules))
-    source = _require_complete(table, table.sets_in(columns))
-    ledger = _run(table, rules, columns, start, source)
-    _warn_far(table, rules, emit)
+    table, rules, ledger, source = apply_rules(dataset, items, emit, start)
     result = FilterResult(int(ledger.kept.sum()), ledger.rows, ledger.steps(), None)
     if dry_run:
         return FilterResult(result.kept, result.rows, result.funnel, None, _curves(table, rules, ledger))
@@ -84,6 +79,21 @@ def make_selection(
     with lock(dataset.folder, f"selections/{name}"):
         write_selection(dataset, name, ledger.kept.to_numpy(), ledger.reasons(), about, source, results)
     return FilterResult(result.kept, result.rows, result.funnel, path)
+
+
+def apply_rules(
+    dataset: Dataset, items: Sequence[RuleItem], emit: Emit = silent, start: str | None = None
+) -> tuple[Table, list[Rule[Any]], Ledger, dict[str, Any]]:
+    """The rules' verdicts on every row, and what they were made from; nothing is written.
+
+    Raises PairmillError as `filter_dataset` does, but not for an empty result.
+    """
+    table = Table(dataset)
+    rules = build_rules(table, items, emit)
+    columns = frozenset({"status"}).union(*(r.columns for r in rules))
+    source = _require_complete(table, table.sets_in(columns))
+    ledger = _run(table, rules, columns, start, source, emit)
+    return table, rules, ledger, source
 
 
 def recipe_items(config: FilterConfig) -> list[RuleItem]:
@@ -189,8 +199,9 @@ def _require_complete(table: Table, sets: Sequence[str]) -> dict[str, Any]:
     source = made_from(dataset, list(sets))
     for name in sets:
         stage = table.score_sets[name]
-        standing = stage.standing()
-        late = [s for s, d in enumerate(source["digests"]) if s not in standing or stage.digest(s) != d]
+        standing = sorted(stage.standing())
+        found = dict(zip(standing, stage.digests(standing), strict=True))
+        late = [s for s, d in enumerate(source["digests"]) if found.get(s) != d]
         if late:
             sidecar = stage.sidecar()
             scorer = sidecar.name if sidecar else name
@@ -202,18 +213,26 @@ def _require_complete(table: Table, sets: Sequence[str]) -> dict[str, Any]:
 
 
 def _run(
-    table: Table, rules: Sequence[Rule[Any]], columns: frozenset[str], start: str | None, source: dict[str, Any]
+    table: Table,
+    rules: Sequence[Rule[Any]],
+    columns: frozenset[str],
+    start: str | None,
+    source: dict[str, Any],
+    emit: Emit,
 ) -> Ledger:
     """One pass over the files, then the verdicts in order."""
     inputs = {"status": pl.col("status").is_in([SUCCESS, NO_IMAGE])}
     for i, rule in enumerate(rules):
         inputs |= {f"{i}:{key}": expr.alias(f"{i}:{key}") for key, expr in rule.inputs().items()}
     # `with_columns` first: an aggregate alone would be one row.
-    frame = table.frame(columns).with_columns(**inputs).select(list(inputs))
+    whole = table.frame(columns)
+    frame = whole.with_columns(**inputs).select(list(inputs))
+    thresholds = sorted({t.column for r in rules for t in r.thresholds})
     try:
-        values = frame.collect(engine="streaming")
+        values, ranges = pl.collect_all([frame, _ranges(whole, thresholds)], engine="streaming")
     except pl.exceptions.PolarsError as error:
         raise PairmillError(f"The rules cannot be computed: {str(error).splitlines()[0]}.") from None
+    _warn_far(rules, ranges, emit)  # thresholds that the data gives (`top`) are not known yet
     ledger = Ledger(values.height)
     ledger.add("status", values["status"])
     successes = ledger.kept
@@ -228,16 +247,17 @@ def _run(
     return ledger
 
 
-def _warn_far(table: Table, rules: Sequence[Rule[Any]], emit: Emit) -> None:
+def _ranges(frame: pl.LazyFrame, columns: Sequence[str]) -> pl.LazyFrame:
+    """Least and greatest value of each column, one row: (`low NAME`, `high NAME`)."""
+    low = [pl.col(c).min().alias(f"low {c}") for c in columns]
+    return frame.select(*low, *(pl.col(c).max().alias(f"high {c}") for c in columns))
+
+
+def _warn_far(rules: Sequence[Rule[Any]], ranges: pl.DataFrame, emit: Emit) -> None:
     """Warns of thresholds that cannot be meant for the column's scale."""
-    thresholds = [(r, t) for r in rules for t in r.thresholds if not isinstance(r, Top)]
-    names = sorted({t.column for _, t in thresholds})
-    if not names:
-        return
-    wanted = [pl.col(n).min().alias(f"{n} low") for n in names] + [pl.col(n).max().alias(f"{n} high") for n in names]
-    found = table.frame(names).select(wanted).collect(engine="streaming").row(0, named=True)
-    for rule, t in thresholds:
-        low, high = found[f"{t.column} low"], found[f"{t.column} high"]
+    found = ranges.row(0, named=True) if ranges.height else {}
+    for rule, t in ((r, t) for r in rules for t in r.thresholds):
+        low, high = found[f"low {t.column}"], found[f"high {t.column}"]
         if far_outside(t, (low, high)):
             emit(
                 Notice(

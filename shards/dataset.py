@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,11 @@ class Stage:
     def digest(self, shard: int) -> str:
         """Hash of the pairs' (status, sha256) that this shard holds or was made from."""
         return self.footer(shard).get(DIGEST, b"").decode()
+
+    def digests(self, shards: Iterable[int]) -> list[str]:
+        """`digest` of each shard, several footers at a time: on a store each is a request."""
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self.digest, shards))
 
     def counts(self, shard: int) -> dict[str, int]:
         """Rows by status or state, as the shard's file tells them."""

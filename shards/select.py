@@ -50,7 +50,7 @@ def made_from(dataset: Dataset, score_sets: list[str]) -> dict[str, Any]:
     pairs = dataset.stage(PAIRS)
     scores = {name: dataset.require(f"scores/{name}") for name in sorted(score_sets)}
     fingerprints = {n: s.sidecar().fingerprint for n, s in scores.items()}  # type: ignore[union-attr]
-    return {"digests": [pairs.digest(s) for s in range(dataset.num_shards)], "scores": fingerprints}
+    return {"digests": pairs.digests(range(dataset.num_shards)), "scores": fingerprints}
 
 
 def write_selection(
