@@ -40,7 +40,7 @@ def _short(value: Any, most: int = 200) -> str:
 
 @command(app, "history", example="pairmill history DATASET -v")
 def history(common: Common, dataset: DATASET) -> int:
-    """Tell every stage of a dataset: its maker, how far it is, rows by status, seconds; -v adds settings and versions."""
+    """Tell every stage of a dataset: its maker, how far it is, rows by status, seconds; -v adds settings."""
     from curation.history import history as summaries
 
     found = summaries(dataset)
