@@ -9,8 +9,6 @@ from pydantic import PositiveInt, field_validator
 
 from schemas.config import StageConfig, execution, identity
 
-Split = Literal["train", "val", "test"]
-
 
 class RetrievalImportConfig(StageConfig):
     """How a Karpathy split file and its images become a dataset with a retrieval task."""
@@ -18,7 +16,7 @@ class RetrievalImportConfig(StageConfig):
     karpathy: Path = execution(..., "dataset_coco.json or dataset_flickr30k.json")
     images: Path = execution(..., "folder of the images, under their official names")
     name: str = execution("retrieval", "name of the task set")
-    split: tuple[Split, ...] = identity((), "import only this split, may be repeated [default: all]")
+    split: tuple[str, ...] = identity((), "import only this split (train, val, test), may be repeated [default: all]")
     shard_rows: PositiveInt = identity(10_000, "images in a shard")
     allow_missing: bool = execution(False, "import without the images that are not there")
     threads: int | None = execution(None, "threads that read images [default: the cores]", gt=0)
@@ -32,7 +30,7 @@ class RetrievalImportConfig(StageConfig):
 
     @field_validator("split")
     @classmethod
-    def _in_order(cls, value: tuple[Split, ...]) -> tuple[Split, ...]:
+    def _in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(sorted(set(value)))
 
 
