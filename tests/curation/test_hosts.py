@@ -123,6 +123,22 @@ def test_a_busy_host_keeps_no_worker_from_others():
     assert asyncio.run(asyncio.wait_for(go(), 5)) == 1
 
 
+def test_room_for_two_wakes_two():
+    async def go():
+        hosts = Hosts(2, failures=3, rest_s=60)
+        queue = RowQueue(((i, "a") for i in range(4)), hosts)
+        for _ in range(2):
+            await queue.next()
+            await hosts.enter("a")
+        stuck = [asyncio.create_task(queue.next()) for _ in range(2)]
+        await asyncio.sleep(0)
+        hosts.leave("a")
+        hosts.leave("a")  # nobody calls `next` again: its workers are still decoding
+        return await asyncio.gather(*stuck)
+
+    assert asyncio.run(asyncio.wait_for(go(), 5)) == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("values", "token"),
     [
