@@ -92,7 +92,7 @@ class Ledger:
             for name, mask in ((label, ~verdict.fill_null(True)), (f"{label}:null", verdict.is_null())):
                 hit = (before & mask).to_numpy()
                 if hit.any():
-                    codes[hit] = len(names)
+                    np.copyto(codes, len(names), where=hit, casting="unsafe")
                     names.append(name)
         kept = self.kept.to_numpy()
         return pa.DictionaryArray.from_arrays(pa.array(codes, mask=kept), pa.array(names, pa.string()))

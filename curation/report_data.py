@@ -133,8 +133,12 @@ def _part(stage: Stage, shards: Sequence[int], full: str) -> pl.LazyFrame:
 
 
 def _histogram(title: str, column: str, frame: pl.LazyFrame, keep: np.ndarray | None) -> dict[str, Any]:
-    """Bins between the 0.5 % and 99.5 % quantiles; what lies beyond is counted in the end bins."""
-    value = pl.col("value").cast(pl.Float64)
+    """Bins between the 0.5 % and 99.5 % quantiles; what lies beyond is counted in the end bins.
+
+    NaN and infinity count as no value.
+    """
+    number = pl.col("value").cast(pl.Float64)
+    value = pl.when(number.is_finite()).then(number)
     facts = frame.select(
         rows=value.count(),
         nulls=value.null_count(),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from curation.table import Table
+from curation.table import DERIVED, Table
 from schemas.status import SUCCESS
 from shards.dataset import Dataset
 from shards.images import ImageError, decode_rgb, encode
@@ -82,8 +82,7 @@ def _values(table: Table, column: str, index: pl.Series) -> pl.Series:
 
 def _readable(table: Table, column: str) -> bool:
     """Whether the column lies in files (a derived one does not)."""
-    group = table.set_of(column)
-    return group is not None or column not in ("caption_words", "caption_collapsed_characters")
+    return table.set_of(column) is not None or column not in DERIVED
 
 
 def _kept(table: Table, frame: pl.DataFrame, lead: dict[str, Any] | None, each: int) -> list[Pick]:

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from curation.filter import filter_dataset, make_selection
 from curation.filter_config import FilterConfig
+from curation.report import report
 from schemas.config import build_config
 from schemas.errors import PairmillError
 from schemas.events import Notice
 from shards.dataset import Dataset
+from shards.locks import lock
 from shards.reader import read_table
 from shards.select import read_selection
 from shards.writer import write_table
@@ -243,6 +245,23 @@ def test_rules_agree_with_plain_python(tmp_path_factory, rows, shards, share, of
         make_selection(made, "best", items)
         assert kept(made) == want
         assert [r is None for r in reasons(made)] == [i in want for i in range(len(rows))]
+
+
+def test_a_dataset_on_a_store_gives_the_same_selection(tmp_path):
+    out = []
+    for place in (tmp_path, f"memory://{tmp_path.name}"):
+        made = write_dataset(place, numbered(9, 3, width=list(range(9))))
+        write_scores(made, "clip", {"clip_score": [i / 10 for i in range(9)]})
+        filter_dataset(place, FilterConfig(output="best", where=("width > 1",), top=3, by="clip_score", sample=0.9))
+        report(place)
+        out.append([made.folder.read_bytes(f"selections/best.{s}") for s in ("parquet", "json")])
+        assert made.folder.names("reports") == ["report.html", "report.json"]
+    assert out[0] == out[1]
+
+
+def test_a_second_copy_of_the_same_filter_is_refused(dataset):
+    with lock(dataset.folder, "selections/best"), pytest.raises(PairmillError, match="is being written by process"):
+        filter_dataset(dataset, FilterConfig(output="best", where=("width > 0",)))
 
 
 def test_carried_columns_of_a_later_list_are_null_before_it(tmp_path):

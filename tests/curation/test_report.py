@@ -211,3 +211,10 @@ def test_an_unfinished_download_says_so(dataset):
     (dataset.folder.local / dataset.stage("pairs").file(2)).unlink()
     with pytest.raises(PairmillError, match="pairs are unfinished"):
         report(dataset, ReportConfig())
+
+
+def test_values_that_are_no_number_do_not_stop_a_histogram(dataset):
+    write_scores(dataset, "odd", {"odd": [float("inf"), float("nan"), -float("inf"), None] + [1.5] * 32})
+    report(dataset, ReportConfig())
+    odd = next(h for h in read(dataset)[2]["histograms"] if h["title"] == "odd.odd")
+    assert (odd["rows"], odd["nulls"], odd["counts"]) == (32, 4, [32])
