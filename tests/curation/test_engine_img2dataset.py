@@ -10,7 +10,7 @@ from PIL import Image
 
 from curation.config import DownloadConfig
 from curation.download import download
-from curation.engine_img2dataset import check_engine, fetch_rows, status_of
+from curation.engine_img2dataset import _Run, check_engine, fetch_rows, status_of
 from curation.rows import Request
 from schemas.errors import PairmillError
 from shards.dataset import Dataset
@@ -125,7 +125,11 @@ def test_a_run_that_is_given_up_ends_soon_and_raises(web):
 
 @needs_it
 def test_a_row_their_loop_loses_keeps_its_place(web, monkeypatch):
-    monkeypatch.setattr("curation.engine_img2dataset._Run.verify", lambda self, row, data: 1 // row and None)
+    def fail_first(self, row, data):
+        return verify(self, row, data) if row else 1 // row
+
+    verify = _Run.verify
+    monkeypatch.setattr(_Run, "verify", fail_first)
     found = fetch_rows([Request(f"{web.base}/img/{i}") for i in range(2)], config())
     assert [r.status for r in found] == ["decode_error", "success"]
     assert "lost the row" in found[0].error
