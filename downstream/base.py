@@ -26,7 +26,7 @@ from training.checkpoint import Run
 from training.config import TrainConfig
 from training.config_models import CLIPConfig, ViLTConfig
 from training.data import View, live_pixels
-from training.models.base import VisionLanguageModel
+from training.models.base import CONFIG_FILE, VisionLanguageModel
 from training.registry import MODELS, build_model, model_config, model_from_checkpoint
 from training.sources import IMAGES, Source, SourceSpec
 from training.text import ClipTokenizer, Tokenizer, load_tokenizer
@@ -139,7 +139,9 @@ def _published(path: Path, given: str | None, activation: str | None) -> Subject
         )
     tokenizer = ClipTokenizer() if given is None else load_tokenizer(given)
     vocab = getattr(model.config, "vocab", None)
-    if vocab is not None and tokenizer.vocab_size != vocab:
+    # Our own models may have room for more pieces than their tokenizer has, published ones never do.
+    room = (file.parent / CONFIG_FILE).is_file() and given is not None
+    if vocab is not None and (tokenizer.vocab_size > vocab if room else tokenizer.vocab_size != vocab):
         raise PairmillError(
             f"{path} was trained with a vocabulary of {vocab:,} pieces, the tokenizer {given or 'clip'} has "
             f"{tokenizer.vocab_size:,}. Pass --tokenizer with the one it was trained with."
