@@ -83,7 +83,7 @@ def build(
     target = target_of(folder, plan, columns)
     pairs = target.stage(PAIRS)
     _refuse_others(folder, target)
-    sidecar = make_sidecar(verb, PAIRS, (PAIRS, VERSION), config, {"sources": [_origin(p) for p in plan.parts]})
+    sidecar = make_sidecar(verb, PAIRS, (PAIRS, VERSION), config, {"sources": [origin(p) for p in plan.parts]})
     pairs.begin(sidecar, "Choose another place with -o.")
     with lock(folder, verb):
         work = PairsWork(plan, target, schema, tuple(renames))
@@ -132,7 +132,7 @@ def _refuse_others(folder: Folder, target: Dataset) -> None:
         )
 
 
-def _origin(part: Part) -> dict[str, Any]:
+def origin(part: Part) -> dict[str, Any]:
     """What the rows come from: no paths, so that a moved dataset gives the same fingerprint."""
     pairs = part.dataset.require(PAIRS)
     digest = hashlib.blake2b(digest_size=16)

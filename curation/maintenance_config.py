@@ -33,11 +33,11 @@ class ShowConfig(StageConfig):
     thumbnail: int = execution(192, "side of a thumbnail on the contact sheet, px", ge=32, le=1024)
 
 
-class ImportConfig(ShardStage):
+class ImportConfig(StageConfig):
     """How pairs that somebody already has become a dataset."""
 
     caption_key: tuple[str, ...] = identity(
-        (), "key or column of captions, in this order [default: captions, caption, txt, text]"
+        (), "key or column of the caption; several make several captions [default: captions, caption, txt or text]"
     )
     uid_key: str | None = identity(None, "key or column that holds an id [default: uid]")
     shard_rows: PositiveInt = identity(SHARD_ROWS, "rows a shard")
@@ -45,7 +45,7 @@ class ImportConfig(ShardStage):
     max_pixels: PositiveInt = identity(64 * 1024 * 1024, "largest image taken, px")
 
 
-class ExportConfig(ShardStage):
+class ExportConfig(StageConfig):
     """Which pairs are copied into another tool's format."""
 
     selection: str | None = identity(None, "copy what this selection keeps [default: every success]")

@@ -144,14 +144,14 @@ class PairsWork:
         with write_pairs(self.target.folder, self.target.stage("pairs").file(shard), self.schema) as writer:
             for segment in self.plan.segments(shard):
                 dataset = self.plan.parts[segment.part].dataset
-                for table in _taken(dataset, dataset.stage("pairs").file(segment.shard), segment.rows):
+                for table in taken(dataset, dataset.stage("pairs").file(segment.shard), segment.rows):
                     writer.extend(_shaped(table, self.schema, self.renames[segment.part]))
                     done += len(table)
                     hand.progress(done, 0)
         return dict(writer.counts)
 
 
-def _taken(dataset: Dataset, file: str, rows: np.ndarray) -> Iterator[pa.Table]:
+def taken(dataset: Dataset, file: str, rows: np.ndarray) -> Iterator[pa.Table]:
     """The rows of a Parquet file, a row group's at a time."""
     for start, table in row_groups(dataset.folder, file):
         inside = rows[(rows >= start) & (rows < start + len(table))] - start

@@ -1,0 +1,89 @@
+"""Imports of what img2dataset itself wrote, in its three layouts, from a server on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curation.importing import import_pairs
+from curation.maintenance_config import ImportConfig
+from schemas.events import silent
+from shards.dataset import Dataset
+from shards.images import header
+from tests.curation.samples import all_rows
+from tests.make import encode, picture
+
+pytest.importorskip("img2dataset", reason="img2dataset needs Python < 3.13")
+
+PICTURES = {f"/{i}.jpg": encode(picture(60 + i, 40, i)) for i in range(7)}
+RUN = """
+from img2dataset import download
+if __name__ == "__main__":
+    import sys
+    list_, out, format_ = sys.argv[1:]
+    download(
+        url_list=list_, input_format="parquet", url_col="url", caption_col="text", save_additional_columns=["license"],
+        output_folder=out, output_format=format_, number_sample_per_shard=4, image_size=32, resize_mode="keep_ratio",
+        processes_count=1, thread_count=4, timeout=5, enable_wandb=False,
+    )
+"""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        data = PICTURES.get(self.path, b"not an image" if self.path == "/broken.jpg" else None)
+        self.send_response(404 if data is None else 200)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        self.wfile.write(data or b"")
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one:
+        thread = threading.Thread(target=one.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{one.server_port}"
+        one.shutdown()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["webdataset", pytest.param("files", marks=pytest.mark.slow), pytest.param("parquet", marks=pytest.mark.slow)],
+)
+def test_its_output_is_taken_row_by_row(server, tmp_path, layout):
+    paths = [*list(PICTURES)[:3], "/none.jpg", "/broken.jpg", *list(PICTURES)[3:]]
+    urls = [server + p for p in paths]
+    texts = [f"caption, {i}" if i != 1 else None for i in range(len(urls))]
+    pq.write_table(pa.table({"url": urls, "text": texts, "license": ["CC0"] * len(urls)}), tmp_path / "list.parquet")
+    (tmp_path / "run.py").write_text(RUN)
+    place = {**os.environ, "WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    command = [sys.executable, "run.py", "list.parquet", "out", layout]
+    done = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    import_pairs("img2dataset", [str(tmp_path / "out")], tmp_path / "d", ImportConfig(shard_rows=5), silent)
+    rows = all_rows(Dataset.open(tmp_path / "d"))
+    assert [r["url"] for r in rows] == urls
+    assert [r["caption"] for r in rows] == texts
+    assert {r["license"] for r in rows} == {"CC0"}
+    want = ["success"] * 3 + ["http_error", "decode_error"] + ["success"] * 4
+    assert [r["status"] for r in rows] == want
+    assert rows[3]["http_status"] == 404
+    for path, row in zip(paths, rows, strict=True):
+        if row["status"] == "success":
+            assert row["sha256"] == hashlib.sha256(PICTURES[path]).digest()
+            assert row["stored_sha256"] == hashlib.sha256(row["image"]).digest() != row["sha256"]
+            assert (row["original_height"], row["height"]) == (40, 32)
+            assert (row["width"], row["height"]) == header(row["image"]).upright
