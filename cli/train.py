@@ -58,7 +58,7 @@ def train(
     from training.train import train as run_training
 
     with common.drawer() as emit:
-        result = run_training(config, datasets, output, emit, _validation(val))
+        result = run_training(config, datasets, output, emit, _validation(val, config, output))
     last = f", loss {result.loss:.4f}" if result.loss is not None else ""
     best = f", best {result.best:.4f}" if result.best is not None else ""
     if result.main:
@@ -66,13 +66,13 @@ def train(
     return 0 if result.finished or config.stop else 1
 
 
-def _validation(val: str | None) -> Any:
+def _validation(val: str | None, config: TrainConfig, run: str) -> Any:
     """A task set's metric where `val` is a dataset with tasks, else the text itself: a selection's loss."""
     if val is None or "@" in val:
         return val
     from downstream.retrieval import validation_metric
 
-    return validation_metric(val)
+    return validation_metric(val, config, run)
 
 
 @command(app, "models", example="pairmill models")
