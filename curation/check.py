@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ def check(dataset: Dataset | str | Path, config: CheckConfig, emit: Emit) -> lis
     """
     dataset = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
     jobs = list(_jobs(dataset))
+    start = time.monotonic()
     emit(StageStarted("check", len(jobs), 0, len(dataset)))
     findings: list[Finding] = []
     rows = 0
@@ -53,7 +55,7 @@ def check(dataset: Dataset | str | Path, config: CheckConfig, emit: Emit) -> lis
             rows += count
             findings += found[: max(0, config.most - len(findings))]
             emit(Progress("check", rows, len(findings)))
-    emit(StageFinished("check", len(jobs), (), 0.0, {"findings": len(findings)}))
+    emit(StageFinished("check", len(jobs), (), time.monotonic() - start, {"findings": len(findings)}))
     return findings
 
 

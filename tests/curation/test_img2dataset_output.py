@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 
 import pyarrow as pa
@@ -20,8 +22,6 @@ from shards.dataset import Dataset
 from shards.images import header
 from tests.curation.samples import all_rows
 from tests.make import encode, picture
-
-pytest.importorskip("img2dataset", reason="img2dataset needs Python < 3.13")
 
 PICTURES = {f"/{i}.jpg": encode(picture(60 + i, 40, i)) for i in range(7)}
 RUN = """
@@ -58,11 +58,42 @@ def server():
         one.shutdown()
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["webdataset", pytest.param("files", marks=pytest.mark.slow), pytest.param("parquet", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
+def test_layouts_as_it_writes_them_are_joined_by_key(tmp_path, layout):
+    """The same by hand, in the order in which transfers ended, with one image lost."""
+    root = tmp_path / "out"
+    root.mkdir()
+    keys = ["000000002", "000000000", "000000003", "000000001"]
+    images = {key: encode(picture(20 + i, 10, i)) for i, key in enumerate(sorted(keys)[:2])}
+    status = ["failed_to_download" if k == "000000002" else "success" for k in keys]
+    messages = ["<urlopen error timed out> at http://x.example/secret" if s != "success" else None for s in status]
+    rows = {"key": keys, "status": status, "error_message": messages, "caption": [f"c{int(k)}" for k in keys]}
+    if layout == "parquet":
+        rows["jpg"] = [images.get(k) for k in keys]
+    elif layout == "files":
+        (root / "00000").mkdir()
+        for key, data in images.items():
+            (root / f"00000/{key}.jpg").write_bytes(data)
+    else:
+        with tarfile.open(root / "00000.tar", "w") as tar:
+            for key in reversed(images):
+                info = tarfile.TarInfo(f"{key}.jpg")
+                info.size = len(images[key])
+                tar.addfile(info, io.BytesIO(images[key]))
+    pq.write_table(pa.table(rows), root / "00000.parquet", row_group_size=2)
+    (root / "00000_stats.json").write_text("{}")
+    import_pairs("img2dataset", [str(root)], tmp_path / "d", ImportConfig(), silent)
+    back = all_rows(Dataset.open(tmp_path / "d"))
+    assert [r["caption"] for r in back] == ["c0", "c1", "c2", "c3"]
+    assert [r["status"] for r in back] == ["success", "success", "timeout", "missing_file"]
+    assert [r["image"] for r in back] == [images["000000000"], images["000000001"], None, None]
+    assert back[2]["error"] == "failed_to_download: <urlopen error timed out> at URL"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
 def test_its_output_is_taken_row_by_row(server, tmp_path, layout):
+    pytest.importorskip("img2dataset", reason="img2dataset needs Python < 3.13")
     paths = [*list(PICTURES)[:3], "/none.jpg", "/broken.jpg", *list(PICTURES)[3:]]
     urls = [server + p for p in paths]
     texts = [f"caption, {i}" if i != 1 else None for i in range(len(urls))]

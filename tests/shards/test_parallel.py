@@ -282,3 +282,19 @@ def test_dataset_travels_to_workers(tmp_path):
     again = pickle.loads(pickle.dumps(dataset))
     assert (again.url, again.manifest) == (dataset.url, dataset.manifest)
     assert isinstance(again, Dataset)
+
+
+def test_a_cluster_that_somebody_else_started(tmp_path, whole):
+    from distributed import LocalCluster
+
+    dataset = make_dataset(tmp_path / "d", shards=3)
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
+    with LocalCluster(**options, silence_logs=50) as cluster:
+        stage = dataset.stage("scores/size")
+        stage.begin(Dataset.open(tmp_path / "whole").stage("scores/size").sidecar(), "")
+        done = run_stage(
+            stage, SizeWork(dataset, 1.0), pending=[0, 1, 2], scheduler=cluster.scheduler_address, emit=silent
+        )
+    assert done.left == ()
+    assert tree(tmp_path / "d") == whole
+    assert not list((tmp_path / "d/logs").glob("hand-*"))
