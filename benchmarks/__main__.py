@@ -1,0 +1,87 @@
+"""Pairmill beside its peers.
+
+    python -m benchmarks [NAME...] [--rounds 5] [--quick]
+    python -m benchmarks --table
+
+Each benchmark runs in a process of its own, prints a table and a line of JSON, and writes benchmarks/results/NAME.json
+and the table of docs/benchmarks.md. --quick takes tiny sizes and one round, and writes nothing: its numbers only show
+that it runs. docs/benchmarks.md says what each measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import ROOT, Check, python, show, table, write, write_page
+
+NAMES = ("download", "clip_score", "features", "training_input", "filter", "cli_help", "memory")
+FILTER_ROWS, QUICK_ROWS = 10_000_000, 100_000
+
+
+def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:
+    """One benchmark's result as JSON values."""
+    if name == "filter":
+        return measure_filter(rounds, quick)
+    return importlib.import_module(f"benchmarks.{name}").run(rounds, quick).as_json()
+
+
+def measure_filter(rounds: int, quick: bool) -> dict[str, Any]:
+    """benchmarks/filter.py is a program of its own; its result in the others' form."""
+    rows, rounds = (QUICK_ROWS, 1) if quick else (FILTER_ROWS, rounds)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "filter.json"
+        options = ["--rows", str(rows), "--rounds", str(rounds), "--out", str(out)]
+        subprocess.run(python("-m", "benchmarks.filter", *options), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return filter_result(json.loads(out.read_text()))
+
+
+def filter_result(found: dict[str, Any]) -> dict[str, Any]:
+    """What benchmarks/filter.py writes, in the form of the others."""
+    from benchmarks.compare import Result
+
+    checks = [
+        Check("decide, times as fast as pandas", found["ratio_pandas"], 3.0),
+        Check("decide, times as fast as DuckDB", found["ratio_duckdb"]),
+        Check("decide and write, times as fast as pandas", found["ratio_pandas_with_writing"]),
+    ]
+    times = {f"decide_{name}_s": s for name, s in found["decide_s"].items()}
+    times |= {f"decide_and_write_{name}_s": s for name, s in found["decide_and_write_s"].items()}
+    what = "a recipe of thresholds and a best 30 % over rows of scores, against pandas and DuckDB on the same Parquet"
+    sizes = {"rows": found["rows"], "kept": found["kept"]}
+    return Result("filter", what, found["rounds"], sizes, times, checks, list(found["versions"])).as_json()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} [default: all]")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed; medians are told")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round, nothing written")
+    parser.add_argument("--table", action="store_true", help="only make the table of docs/benchmarks.md again")
+    args = parser.parse_args()
+    unknown = sorted(set(args.names) - set(NAMES))
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if args.table:
+        write_page()
+        print(table())
+        return 0
+    if len(args.names) == 1:
+        result = measure(args.names[0], args.rounds, args.quick)
+        show(result)
+        if not args.quick:
+            write(result)
+        return 0
+    options = ["--rounds", str(args.rounds), *(["--quick"] if args.quick else [])]
+    ended = [subprocess.call(python("-m", "benchmarks", n, *options), cwd=ROOT) for n in args.names or NAMES]
+    return max(ended)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
