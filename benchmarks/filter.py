@@ -162,7 +162,14 @@ def machine() -> dict[str, object]:
         "?",
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory), "python": platform.python_version()}
+    load = round(os.getloadavg()[1], 1)  # of 5 minutes: who else was on the machine
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory),
+        "python": platform.python_version(),
+        "load": load,
+    }
 
 
 def main() -> None:
