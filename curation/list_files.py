@@ -84,6 +84,9 @@ def _find(text: str, output: Folder | None) -> list[ListFile]:
     fs, path = _filesystem(text)
     shown = shown_url(text)
     try:
+        # First of all: over http, asking whether something is a folder reads it whole.
+        if kind_of(_file_name(path)) and fs.isfile(path):
+            return [_file(fs, path, _file_name(path))]
         if fs.isdir(path):
             return _in_folder(fs, path, shown, output)
         found = [path] if fs.exists(path) else sorted(fs.glob(path)) if any(c in path for c in "*?[") else []
@@ -92,7 +95,11 @@ def _find(text: str, output: Folder | None) -> list[ListFile]:
         raise PairmillError(f"{shown} cannot be read: {error.strerror or error}.") from None
     if not files:
         raise PairmillError(f"No list at {shown}: there is no such file, folder or match.")
-    return [_file(fs, p, PurePosixPath(urlsplit(p).path if "://" in p else p).name) for p in files]
+    return [_file(fs, p, _file_name(p)) for p in files]
+
+
+def _file_name(path: str) -> str:
+    return PurePosixPath(urlsplit(path).path if "://" in path else path).name
 
 
 def _filesystem(text: str) -> tuple[Any, str]:

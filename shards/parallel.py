@@ -272,7 +272,7 @@ def _client(workers: int | None, shards: int, scheduler: str | None, gpus: int) 
             n_workers=count,
             threads_per_worker=1,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # none would be tried at port 8787, with a warning where that is taken
             host="127.0.0.1",
             silence_logs=50,
             preload=[_IGNORE_INTERRUPT],

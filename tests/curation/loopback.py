@@ -25,17 +25,36 @@ def picture(number: int, width: int = 40, height: int = 30) -> bytes:
 
 @dataclass
 class Loopback:
-    """`base` + `/img/N` is a picture, `/gone/N` 404, `/busy/N` 503, `/flaky/N` 503 until `heal` is set."""
+    """`base` + `/img/N` is a picture, `/gone/N` 404, `/busy/N` 503.
+
+    `/flaky/N` is 503 until `heal` is set, a picture then; `files` answers by path.
+    """
 
     base: str
     heal: threading.Event = field(default_factory=threading.Event)
     asked: Counter[str] = field(default_factory=Counter)
+    files: dict[str, bytes] = field(default_factory=dict)
     delay_s: float = 0.0
+    open_now: int = 0
+    open_most: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, path: str) -> tuple[int, bytes]:
+        with self.lock:
+            self.asked[path] += 1
+            self.open_now += 1
+            self.open_most = max(self.open_most, self.open_now)
+        try:
+            time.sleep(self.delay_s)
+            return self._answer(path)
+        finally:
+            with self.lock:
+                self.open_now -= 1
+
+    def _answer(self, path: str) -> tuple[int, bytes]:
+        if path in self.files:
+            return 200, self.files[path]
         _, kind, number = path.split("/")
-        self.asked[path] += 1
-        time.sleep(self.delay_s)
         if kind == "img" or (kind == "flaky" and self.heal.is_set()):
             return 200, picture(int(number))
         return (404 if kind == "gone" else 503), b"no"
@@ -58,7 +77,10 @@ def loopback() -> Iterator[Loopback]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
 
         def log_message(self, *args: object) -> None:
             pass
