@@ -22,6 +22,7 @@ class Drawer:
         self.live = self.stream.isatty() and not quiet
         self.log = open(log_file, "a", encoding="utf-8") if log_file else None  # noqa: SIM115 - closed in __exit__
         self.rows = 0
+        self.unit = "rows"
         self.start = self.last = time.monotonic()
         self._drawn = False
 
@@ -42,8 +43,10 @@ class Drawer:
         match event:
             case StageStarted():
                 self.rows, self.start, self.last = event.rows, time.monotonic(), time.monotonic()
+                self.unit = event.unit
+                where = f" in {event.shards:,} shards" if event.shards else ""
                 standing = f", {event.standing:,} shards stand already" if event.standing else ""
-                self._line(f"{event.stage}: {event.rows:,} rows in {event.shards:,} shards to do{standing}")
+                self._line(f"{event.stage}: {event.rows:,} {event.unit}{where} to do{standing}")
             case Progress():
                 self._progress(event)
             case ShardDone() if self.verbose:
@@ -65,7 +68,7 @@ class Drawer:
         left = f", {_clock((self.rows - event.rows) / rate)} left" if rate and self.rows > event.rows else ""
         failed = f", {event.failed:,} failed" if event.failed else ""
         note = f" | {event.note}" if event.note else ""
-        text = f"{event.stage}: {event.rows:,}/{self.rows:,} rows, {rate:,.0f}/s{failed}{left}{note}"
+        text = f"{event.stage}: {event.rows:,}/{self.rows:,} {self.unit}, {rate:,.3g}/s{failed}{left}{note}"
         if self.live:
             self.stream.write("\r\x1b[2K" + text)
             self.stream.flush()

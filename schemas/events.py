@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins: how many shards and rows lie ahead, how many shards stand already."""
+    """A stage begins: how many shards and rows lie ahead, how many shards stand already.
+
+    A run of training has no shards and counts steps: `unit` says so.
+    """
 
     stage: str
     shards: int
     standing: int
     rows: int
+    unit: str = "rows"
 
 
 @dataclass(frozen=True)

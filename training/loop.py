@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from schemas.errors import PairmillError
-from schemas.events import Emit, Notice, Progress
+from schemas.events import Emit, Notice, Progress, StageStarted
 from training.batch import Batch
 from training.checkpoint import METRICS, Run
 from training.config import TrainConfig
@@ -124,6 +124,7 @@ class Trainer:
         self.best_step: int | None = None
         self.loss: float | None = None
         self._stop = False
+        self._begun = 0
         self._optimizer = make_optimizer(self.model, self.groups, self.config)
         self._names = {id(p): n for n, p in self.model.named_parameters()}
         self._parameters = dict(self.model.named_parameters())
@@ -147,6 +148,8 @@ class Trainer:
         if self._average:
             self._average.to(self.accelerator.device)
         end = min(self.config.steps, self.config.stop or self.config.steps)
+        self._begun = self.step
+        self.emit(StageStarted(f"train {self.run.path.name}", 0, 0, max(0, end - self.step), "steps"))
         with _on_sigterm(self._ask_to_stop), self._metrics() as write:
             self._steps(passes, optimizer, end, write)
         return TrainResult(self.run.path, self.step, self.config.steps, self.loss, self.best, self.main)
@@ -287,7 +290,7 @@ class Trainer:
         share = line["data_s"] / max(line["step_s"], 1e-9)
         limit = ", limited by data" if share > DATA_LIMIT else ""
         note = f"loss {line['loss']:.4f}, {line['step_s']:.2f} s a step, waiting for data {share:.0%}{limit}"
-        self.emit(Progress(f"train {self.run.path.name}", self.step, 0, note))
+        self.emit(Progress(f"train {self.run.path.name}", self.step - self._begun, 0, note))
 
     def _agree(self, flag: bool) -> bool:
         """Whether any process says so: all must stop and save at the same step."""
