@@ -7,14 +7,40 @@ from typing import Annotated
 import typer
 
 from cli.options import Common, command, finish, new_app
-from curation.maintenance_config import ExportDatasetConfig, MergeConfig
+from curation.maintenance_config import ExportConfig, ExportDatasetConfig, ImportConfig, MergeConfig
 
 app = new_app()
 export = new_app()
+importer = new_app()
 app.add_typer(export, name="export")
+app.add_typer(importer, name="import")
 
 DATASET = Annotated[str, typer.Argument(help="The dataset, a folder or URL.")]
 OUTPUT = Annotated[str, typer.Option("-o", "--output", help="Where to write; a stopped run is gone on with.")]
+
+
+PATHS = Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.")]
+
+# format -> (what is imported, what is exported)
+FORMATS = {
+    "webdataset": (
+        "Import webdataset tars: an image, a .txt or .json of captions and columns, by key.",
+        "Copy pairs into webdataset tars: the same bytes at every run, with sizes.json and an index.",
+    ),
+    "img2dataset": (
+        "Import what img2dataset wrote (files, webdataset or parquet), failures and their causes included.",
+        "Copy pairs into img2dataset's webdataset layout, with its parquet and _stats.json files.",
+    ),
+    "folder": (
+        "Import a folder of images with .txt or .json beside them, or a metadata.csv, .jsonl or .parquet.",
+        "Copy pairs into a folder of images with metadata.jsonl, as Hugging Face's ImageFolder reads it.",
+    ),
+}
+
+
+@importer.callback()
+def _import() -> None:
+    """Import pairs that somebody already has."""
 
 
 @export.callback()
@@ -43,3 +69,27 @@ def merge(
 
     with common.drawer() as emit:
         return finish(run(datasets, output, config, emit))
+
+
+def _register(name: str, import_help: str, export_help: str) -> None:
+    def import_format(config: ImportConfig, common: Common, paths: PATHS, output: OUTPUT) -> int:
+        from curation.importing import import_pairs
+
+        with common.drawer() as emit:
+            return finish(import_pairs(name, paths, output, config, emit))
+
+    def export_format(config: ExportConfig, common: Common, dataset: DATASET, output: OUTPUT) -> int:
+        from curation.exporting import export_pairs
+
+        with common.drawer() as emit:
+            return finish(export_pairs(name, dataset, output, config, emit))
+
+    import_format.__doc__, export_format.__doc__ = import_help, export_help
+    command(importer, name, ImportConfig, example=f"pairmill import {name} PATH -o DATASET")(import_format)
+    command(export, name, ExportConfig, example=f"pairmill export {name} DATASET --selection best -o PATH")(
+        export_format
+    )
+
+
+for _name, _helps in FORMATS.items():
+    _register(_name, *_helps)
