@@ -75,6 +75,7 @@ def test_ended_at_any_call_a_rerun_completes_it(tmp_path, every):
     assert calls >= 40
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same_bytes(tmp_path):
     source = make_dataset(tmp_path / "source", shards=3, rows=4)
     for workers in (0, 2):
