@@ -391,6 +391,7 @@ def test_killed_runs_end_in_the_same_rows(tmp_path, web):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_twenty_kills_end_in_the_same_rows(tmp_path, web):
     lists = list_of(tmp_path, mixed(web, 3000))
     web.delay_s = 0.02

@@ -416,6 +416,8 @@ def test_output_inside_the_input_folder_does_not_read_itself(tmp_path):
 
 
 def test_limit_and_sample(tmp_path):
+    assert [uid_share(bytes([b]) + bytes(15)) for b in (0, 64, 128)] == [0, 0.25, 0.5]
+    assert uid_share(b"\xff" * 6 + bytes(10)) < 1
     rows = [{"url": f"http://h/{i}", "caption": "c"} for i in range(3000)]
     path = _jsonl(tmp_path / "l.jsonl", rows)
     assert pairs_of(cut([str(path)], tmp_path / "limit", ListConfig(limit=7, shard_rows=3))) == [
