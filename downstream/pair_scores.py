@@ -17,7 +17,7 @@ from downstream.base import Subject, evaluating, pixels
 from downstream.encode import Distinct, PairScorer, Texts
 from downstream.results import Blocks
 from downstream.retrieval_set import RetrievalSet
-from downstream.scores import Machine, Reporter, Scores, chunks, distinct_images, duration, tell_cut
+from downstream.scores import Machine, Reporter, Scores, chunks, distinct_images, duration, tell_cut, top
 from schemas.events import Emit, Notice
 from training.models.vilt import ImageTokens
 
@@ -43,14 +43,12 @@ def choose(scores: Scores, data: RetrievalSet, top_k: int, num_folds: int = 1) -
     caption_fold = fold[data.caption_image]
 
     def best(rows: Callable[[np.ndarray], np.ndarray], own: np.ndarray, other: np.ndarray) -> np.ndarray:
-        k = min(top_k, len(other))
-        found: list[np.ndarray] = [np.empty((0, k), np.int64)]
+        found: np.ndarray = np.empty((len(own), min(top_k, len(other))), np.int64)
         for queries in chunks(len(own)):
-            near = other == own[queries][:, None]
-            # Two keys: own fold first, then the score; equal ones in their order.
-            order = np.lexsort((-rows(queries), ~near), axis=1)
-            found.append(order[:, :k])
-        return np.concatenate(found)
+            for query, row in zip(queries, rows(queries), strict=True):
+                near = row if num_folds == 1 else np.where(other == own[query], row, -np.inf)
+                found[query] = top(near, top_k)
+        return found
 
     return Candidates(best(scores.of_images, fold, caption_fold), best(scores.of_texts, caption_fold, fold))
 

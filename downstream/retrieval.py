@@ -29,7 +29,7 @@ from downstream.results import (
     writing,
 )
 from downstream.retrieval_set import RetrievalSet, read_retrieval
-from downstream.scores import Machine, Scores, chunks, embed
+from downstream.scores import Machine, Scores, chunks, embed, top
 from schemas.errors import PairmillError
 from schemas.events import Emit, Notice, silent
 from training.config import TrainConfig
@@ -238,22 +238,21 @@ class Best:
 
     def __init__(self, query_fold: np.ndarray, candidate_fold: np.ndarray) -> None:
         self.query_fold, self.candidate_fold = query_fold, candidate_fold
+        self.whole = not query_fold.any()  # one fold: nothing to leave out
         self.found: list[tuple[list[int], list[float]]] = []
 
     def watch(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for block in blocks:
             for row in block:
-                near = self.candidate_fold == self.query_fold[len(self.found)]
-                self.found.append(best_of(np.where(near, row, -np.inf)))
+                own = self.query_fold[len(self.found)]
+                self.found.append(best_of(row if self.whole else np.where(self.candidate_fold == own, row, -np.inf)))
             yield block
 
 
 def best_of(row: np.ndarray) -> tuple[list[int], list[float]]:
     """(candidates, scores) of the ten best of [M], without those that were not ranked."""
-    least = np.partition(row, -TOP)[-TOP] if len(row) > TOP else -np.inf
-    ahead = np.flatnonzero((row >= least) & (row > -np.inf))
-    order = ahead[np.argsort(-row[ahead], kind="stable")][:TOP]
-    return order.tolist(), [round(float(s), 6) for s in row[order]]
+    best = [i for i in top(row, TOP).tolist() if row[i] > -np.inf]
+    return best, [round(float(row[i]), 6) for i in best]
 
 
 def validation_metric(

@@ -118,6 +118,16 @@ def chunks(count: int, size: int = QUERIES) -> Iterator[np.ndarray]:
         yield np.arange(start, min(start + size, count))
 
 
+def top(row: np.ndarray, count: int) -> np.ndarray:
+    """The `count` best columns of [M], best first; of equal ones the first. All where there are fewer."""
+    if count < len(row):
+        least = np.partition(row, -count)[-count]
+        ahead = np.flatnonzero(row >= least)
+    else:
+        ahead = np.arange(len(row))
+    return ahead[np.argsort(-row[ahead], kind="stable")][:count]
+
+
 def duration(seconds: float) -> str:
     """`40 s`, `12 min`, `7.5 h`."""
     if seconds < 90:
