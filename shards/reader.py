@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,6 +115,18 @@ def arrow_schema(folder: Folder, name: str) -> dict[bytes, bytes]:
     return dict(_open_arrow(folder, name).schema.metadata or {})
 
 
+def _list_value(value: pa.ListScalar) -> np.ndarray | None:
+    """A list as numpy in its element type [N], lists of lists of one length as [N, K]; None where null."""
+    if not value.is_valid:
+        return None
+    items = value.values
+    if pa.types.is_fixed_size_list(items.type) and not items.null_count:
+        size = items.type.list_size
+        flat = items.values.to_numpy(zero_copy_only=False)  # of the whole batch: `flatten` would copy these rows
+        return flat[items.offset * size : (items.offset + len(items)) * size].reshape(len(items), size)
+    return items.to_numpy(zero_copy_only=False)
+
+
 class MappedShard:
     """One feature shard, memory-mapped: random access to rows, no copy until a batch is built."""
 
@@ -126,20 +140,20 @@ class MappedShard:
                 batch.validate(full=True)  # offsets that point outside the map would read foreign memory
             for field in self.schema:
                 tensor_spec(field)
-        self.ends = np.cumsum([b.num_rows for b in self.batches])
+        self.ends = list(itertools.accumulate(b.num_rows for b in self.batches))
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.ends[-1] if self.ends else 0
 
     def states(self) -> list[str]:
         """`state` of every row."""
         return [s for b in self.batches for s in b.column("state").to_pylist()]
 
     def row(self, row: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
-        """The row's columns: tensors as read-only numpy views, lists as numpy arrays, None where null."""
-        index = int(np.searchsorted(self.ends, row, side="right"))
+        """The row's columns: tensors and lists as read-only numpy views in their element type, None where null."""
+        index = bisect.bisect_right(self.ends, row)
         batch = self.batches[index]
-        at = row - (int(self.ends[index - 1]) if index else 0)
+        at = row - (self.ends[index - 1] if index else 0)
         wanted = self.schema.names if columns is None else columns
         return {name: self._value(batch, name, at) for name in wanted}
 
@@ -152,8 +166,7 @@ class MappedShard:
             return from_blob(field, column, at, dims)
         if isinstance(field.type, pa.FixedShapeTensorType):
             return fixed_to_array(column.slice(at, 1))[0] if column[at].is_valid else None
-        value = column[at].as_py()
-        return np.asarray(value) if isinstance(value, list) else value
+        return _list_value(column[at]) if pa.types.is_list(field.type) else column[at].as_py()
 
     def column(self, name: str) -> np.ndarray:
         """A fixed-tensor column [rows, dim] (null rows NaN) or a scalar column as numpy."""

@@ -195,6 +195,23 @@ def test_mapped_reads_do_not_copy(folder):
     np.testing.assert_array_equal(views[0], grid)
 
 
+def test_lists_come_back_in_their_element_type(folder):
+    boxes = [np.arange(4 * n, dtype=np.float32).reshape(n, 4) / 3 for n in (2, 0, 3)]
+    fields = [pa.field("boxes", pa.list_(pa.list_(pa.float32(), 4))), pa.field("obj_id", pa.list_(pa.int32()))]
+    with write_features(folder, "lists.arrow", features_schema(fields), "") as writer:
+        for one in boxes:
+            writer.append({"state": OK, "boxes": one.tolist(), "obj_id": list(range(len(one)))})
+        writer.append({"state": "skipped"})
+    shard = MappedShard(folder, "lists.arrow")
+    for i, want in enumerate(boxes):
+        back = shard.row(i)
+        assert back["boxes"].dtype == np.float32
+        np.testing.assert_array_equal(back["boxes"], want)
+        assert back["obj_id"].dtype == np.int32
+        assert back["obj_id"].tolist() == list(range(len(want)))
+    assert shard.row(3) == {"state": "skipped", "boxes": None, "obj_id": None}
+
+
 def _map_spans(path: Path) -> list[tuple[int, int]]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in lines if line.endswith(str(path))]
