@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 START, END = "<!-- results -->", "<!-- end of results -->"
+NONE: Mapping[str, str] = MappingProxyType({})
 SAMPLE_S = 0.05  # how often memory is looked at
 
 
@@ -80,7 +82,8 @@ def rounded(value: float) -> float:
 
 def machine() -> dict[str, object]:
     """Where it ran."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory), "python": platform.python_version()}
 
@@ -115,7 +118,9 @@ def script(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def run_quietly(command: Sequence[str], watch: Callable[[int], None] | None = None, **environment: str) -> float:
+def run_quietly(
+    command: Sequence[str], environment: Mapping[str, str] = NONE, watch: Callable[[int], None] | None = None
+) -> float:
     """Runs a command to its end; its seconds. `watch` is called with its process id at the start.
 
     Raises RuntimeError with what it said where it failed.
@@ -167,10 +172,10 @@ class PeakMemory:
                 time.sleep(SAMPLE_S)
 
 
-def peak_memory(command: Sequence[str], **environment: str) -> dict[str, int]:
+def peak_memory(command: Sequence[str], environment: Mapping[str, str] = NONE) -> dict[str, int]:
     """Peak bytes of a command's process tree while it runs: `pss`, `anonymous`."""
     memory = PeakMemory()
-    run_quietly(command, memory.watch, **environment)
+    run_quietly(command, environment, memory.watch)
     return memory.peak
 
 

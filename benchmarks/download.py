@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import multiprocessing
 import subprocess
 import sys
@@ -27,13 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.compare import ROOT, Check, Result, medians, peak_memory, python, run_quietly, script
+from benchmarks.photographs import QUALITY, jpegs
 from cli.demo.web import Page, SmallWeb
 from curation.config import DownloadConfig
 from curation.resize import process
+from shards.images import decode_rgb
 
 WORKERS = 2
 CONNECTIONS = 16  # of one worker
-SIDE, QUALITY = 384, 90
+SIDE = 384
 PICTURES = 24  # different ones; a list asks for them again and again under other names
 LEAST_PSNR = 38.0  # two resizers and two encoders of one picture agree so far
 OFFLINE = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
@@ -58,32 +59,6 @@ class Load:
 
 LOADS = (Load(640, 480, 500, 1000, 5000, 1.2), Load(1600, 1200, 150, 300, 1800, 1.6))
 QUICK = (Load(640, 480, 4, 8, 16, 1.2),)
-
-
-def photograph(width: int, height: int, seed: int) -> np.ndarray:
-    """uint8 [H, W, 3]: noise with a photograph's spectrum and a dozen hard edges; as JPEG about 0.3 bytes a pixel."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    falloff = np.maximum(frequency, 1 / width) ** -1.4
-    shared = rng.standard_normal((height, width))
-    planes = []
-    for _ in range(3):
-        noise = np.fft.rfft2(shared + 0.3 * rng.standard_normal((height, width)))
-        plane = np.fft.irfft2(noise * falloff, s=(height, width))
-        planes.append((plane - plane.mean()) / plane.std() * 40 + 125)
-    image = np.stack(planes, -1)
-    for _ in range(12):
-        corners = rng.integers(0, (width, height), (4, 2)).astype(np.int32)
-        shape: np.ndarray = np.zeros((height, width), np.uint8)
-        cv2.fillPoly(shape, [cv2.convexHull(corners)], 255, cv2.LINE_AA)
-        image += shape[..., None] / 255 * rng.integers(-70, 70, 3)
-    return image.clip(0, 255).astype(np.uint8)
-
-
-def jpegs(width: int, height: int, count: int = PICTURES) -> list[bytes]:
-    """`count` photographs as JPEGs of quality 90."""
-    options = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
-    return [cv2.imencode(".jpg", photograph(width, height, seed), options)[1].tobytes() for seed in range(count)]
 
 
 def serve(width: int, height: int, count: int) -> None:
@@ -163,20 +138,20 @@ Command = Callable[[Path, Path, int], list[str]]
 def fetch_seconds(command: Command, urls: Path, shard_rows: int) -> float:
     """Seconds of one command from start to end, into a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_quietly(command(urls, Path(folder) / "out", shard_rows), **OFFLINE)
+        return run_quietly(command(urls, Path(folder) / "out", shard_rows), OFFLINE)
 
 
 def fetch_memory(command: Command, urls: Path, shard_rows: int) -> int:
     """Peak bytes (PSS) of one command and its workers."""
     with tempfile.TemporaryDirectory() as folder:
-        return peak_memory(command(urls, Path(folder) / "out", shard_rows), **OFFLINE)["pss"]
+        return peak_memory(command(urls, Path(folder) / "out", shard_rows), OFFLINE)["pss"]
 
 
 def fetched(command: Command, urls: Path, shard_rows: int) -> list[dict[str, Any]]:
     """The rows one command wrote, by URL: url, caption, sizes, sha256 (hex) and the picture's bytes."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
-        run_quietly(command(urls, output, shard_rows), **OFFLINE)
+        run_quietly(command(urls, output, shard_rows), OFFLINE)
         pairs = output / "pairs" if command is ours else output
         rows = [row for path in sorted(pairs.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     names = ("url", "caption", "status", "width", "height", "original_width", "original_height", "sha256")
@@ -193,13 +168,14 @@ def check_equal(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> Non
         same = [name for name in one if name != "image"]
         assert {n: one[n] for n in same} == {n: other[n] for n in same}
         assert one["status"] == "success"
-        alike = cv2.PSNR(*(cv2.imdecode(np.frombuffer(r["image"], np.uint8), 1) for r in (one, other)))
+        alike = cv2.PSNR(decode_rgb(one["image"]), decode_rgb(other["image"]))
         assert alike >= LEAST_PSNR, f"{one['url']}: {alike:.1f} dB"
 
 
 def bare(data: bytes) -> None:
     """What every download with this decoder must do: whole decode, area filter, encode, hash."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None
     scale = SIDE / min(image.shape[:2])
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
@@ -210,6 +186,9 @@ def bare(data: bytes) -> None:
 def reduced(data: bytes) -> None:
     """The same with our decoder's smaller DCT scales and our resizer."""
     process(data, DownloadConfig(size=SIDE, quality=QUALITY))
+
+
+_together: Any = None  # a process's barrier
 
 
 def _begin(barrier: Any) -> None:
