@@ -56,7 +56,7 @@ class Order:
         """The sample at `position` of the endless stream."""
         epoch, index = divmod(position, self.length)
         self._enter(epoch)
-        window = int(np.searchsorted(self._ends, index, side="right"))
+        window = int(self._ends.searchsorted(index, "right"))
         self._open(window)
         start = int(self._ends[window - 1]) if window else 0
         source, shard, row = self._rows[index - start]

@@ -60,7 +60,7 @@ class Source:
         if input_name != IMAGES:
             self.features = self.dataset.require(f"features/{input_name}")
         self._lock = Lock()
-        self._tables: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], dict[str, pa.Array]] = OrderedDict()
         self._shards: OrderedDict[int, MappedShard] = OrderedDict()
         self._starts: dict[int, np.ndarray] = {}
 
@@ -116,13 +116,13 @@ class Source:
 
     def text(self, shard: int, row: int) -> tuple[bytes, str | None, list[str] | None]:
         """(uid, caption, captions) of a row."""
-        table, at = self._group(shard, row)
-        return table["uid"][at].as_py(), table["caption"][at].as_py(), table["captions"][at].as_py()
+        columns, at = self._group(shard, row)
+        return columns["uid"][at].as_py(), columns["caption"][at].as_py(), columns["captions"][at].as_py()
 
     def image(self, shard: int, row: int) -> bytes:
         """The encoded image of a row."""
-        table, at = self._group(shard, row)
-        return table["image"][at].as_py()
+        columns, at = self._group(shard, row)
+        return columns["image"][at].as_py()
 
     def feature(self, shard: int, row: int, columns: Sequence[str]) -> dict[str, Any]:
         """Feature columns of a row: read-only views of the mapped file."""
@@ -142,21 +142,26 @@ class Source:
             out["features"] = self.features.sidecar().fingerprint  # type: ignore[union-attr]
         return out
 
-    def _group(self, shard: int, row: int) -> tuple[pa.Table, int]:
+    def _group(self, shard: int, row: int) -> tuple[dict[str, pa.Array], int]:
+        """The columns of the row's group, and the row's place in them."""
         starts = self._starts[shard]
-        index = int(np.searchsorted(starts, row, side="right")) - 1
+        index = int(starts.searchsorted(row, "right")) - 1
         key = (shard, index)
         with self._lock:
-            table = self._tables.get(key)
-            if table is None:
-                columns = ["uid", "caption", "captions"] + (["image"] if self.input == IMAGES else [])
-                with open_parquet(self.dataset.folder, self.dataset.stage(PAIRS).file(shard)) as file:
-                    table = self._tables[key] = file.read_row_group(index, columns=columns).combine_chunks()
-                while len(self._tables) > _CACHED_GROUPS:
-                    self._tables.popitem(last=False)
+            columns = self._groups.get(key)
+            if columns is None:
+                columns = self._groups[key] = self._read_group(shard, index)
+                while len(self._groups) > _CACHED_GROUPS:
+                    self._groups.popitem(last=False)
             else:
-                self._tables.move_to_end(key)
-        return table, row - int(starts[index])
+                self._groups.move_to_end(key)
+        return columns, row - int(starts[index])
+
+    def _read_group(self, shard: int, index: int) -> dict[str, pa.Array]:
+        names = ["uid", "caption", "captions"] + (["image"] if self.input == IMAGES else [])
+        with open_parquet(self.dataset.folder, self.dataset.stage(PAIRS).file(shard)) as file:
+            table = file.read_row_group(index, columns=names).combine_chunks()
+        return {name: table[name].chunk(0) for name in names}
 
     def _shard(self, shard: int) -> MappedShard:
         with self._lock:
