@@ -24,6 +24,7 @@ from extractors.patches import check_aspect
 from extractors.protocol import Item, Row
 from extractors.resume import Outputs
 from extractors.runner import run_extractor
+from schemas.errors import PairmillError
 from schemas.events import Emit, Event, Notice, ShardDone, StageFinished, silent
 from schemas.features import CLIP_SCORE_FIELDS, clip_embedding_fields
 from shards.dataset import Dataset
@@ -137,7 +138,14 @@ class ClipExtractor:
         return out | {"image": image.half(), "text": text.half()} if self.embeddings else out
 
     def rows(self, items: Sequence[Item], outputs: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        """clip_scores has a place for each caption, null for an empty one; the best is clip_score and clip_text."""
+        """clip_scores has a place for each caption, null for an empty one; the best is clip_score and clip_text.
+
+        Raises PairmillError where the model overflowed.
+        """
+        if not all(np.isfinite(array).all() for array in outputs.values()):
+            raise PairmillError(
+                "The model gives infinite or undefined numbers. In fp16 large models overflow: pass --precision bf16."
+            )
         rows, start = [], 0
         for i, item in enumerate(items):
             end = start + len(item["at"])

@@ -25,7 +25,7 @@ class DeviceConfig(ExtractorConfig):
     """An extractor with a model: where it runs and in what precision."""
 
     device: str = execution("auto", "auto, cpu, cuda or cuda:N", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    precision: Precision = identity("auto", "auto, fp32, bf16 or fp16; auto is fp32 on CPU, bf16 or fp16 on CUDA")
+    precision: Precision = identity("auto", "auto, fp32, bf16 or fp16; auto is fp32 on CPU, fp16 on CUDA")
     batch_size: PositiveInt | Literal["auto"] = execution("auto", "rows a batch; auto is picked once and recorded")
     num_gpus: int | None = execution(None, "worker processes, one on each GPU [default: every GPU]", ge=1)
 

@@ -84,6 +84,8 @@ def _settings(config: ExtractorConfig, loader: Loader, to: Outputs) -> tuple[int
         return workers, 0, Settings("cpu", "fp32", 0, threads_per_worker(workers), not remote)
     device = resolve_device(config.device, remote)
     gpus = 0
+    if config.num_gpus and (workers == 0 or not device.startswith("cuda")):
+        raise PairmillError("`--num-gpus` needs CUDA devices and worker processes. Drop it, or --workers 0.")
     if device.startswith("cuda") and workers:
         visible = 1 if device != "cuda" else torch.cuda.device_count()
         gpus = config.num_gpus or (visible if not remote else 1)

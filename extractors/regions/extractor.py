@@ -150,15 +150,20 @@ class RegionLoader:
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"classes": list(self.classes), "attributes": list(self.attributes), "detector": self.fingerprint}
+        names = {"classes": list(self.classes), "attributes": list(self.attributes)}
+        return {**names, "detector": self.fingerprint, **self._rule()}
+
+    def _rule(self) -> dict[str, Any]:
+        """Which boxes stand in a row."""
+        config = self.config
+        source = "given" if config.boxes is not None else config.box_source
+        limits = {"min_boxes": config.min_boxes, "max_boxes": config.max_boxes}
+        return {"box_source": source, "conf": config.conf, "nms": config.nms, **limits}
 
     @property
     def provenance(self) -> dict[str, dict[str, Any]]:
-        config = self.config
-        source = "given" if config.boxes is not None else config.box_source
-        limits = {"conf": config.conf, "nms": config.nms, "min": config.min_boxes, "max": config.max_boxes}
         return {
-            "boxes": {"what": "x1 y1 x2 y2, px of the stored image, exclusive maximum", "source": source, **limits},
+            "boxes": {"what": "x1 y1 x2 y2, px of the stored image, exclusive maximum", **self._rule()},
             "features": {"what": "pooled over the proposal", "detector": self.fingerprint},
         }
 

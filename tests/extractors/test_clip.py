@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import extractors.clip_source as clip_source
 from extractors.clip import ClipTokenizer, image_resize, score_clip
@@ -309,6 +310,15 @@ def test_weights_that_do_not_fit_are_an_error(dataset: Dataset, tmp_path: Path):
     with pytest.raises(PairmillError, match="does not fit clip"):
         run(dataset, folder)
     assert not dataset.stage("scores/clip").standing()
+
+
+def test_a_model_that_overflows_is_an_error(dataset: Dataset, clip_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "broken"))
+    state = read_checkpoint(folder).tensors
+    state["visual.proj"][0] = torch.inf
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(PairmillError, match="--precision bf16"):
+        run(dataset, folder)
 
 
 def test_a_folder_takes_no_pretrained(clip_folder: Path):

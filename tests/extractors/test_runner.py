@@ -13,11 +13,9 @@ import shards.files
 from extractors.device import Device, fitting_batch, resolve_device, resolve_precision
 from extractors.flow import WINDOW, group_items
 from extractors.resume import MARKS, Outputs, row_marks
-from schemas.config import StageConfig
 from schemas.errors import PairmillError
 from schemas.events import Event, ShardDone, ShardFailed
 from schemas.pairs import pairs_schema
-from schemas.sidecars import make_sidecar
 from shards.dataset import PAIRS, Dataset
 from shards.reader import MappedShard, read_table
 from shards.select import made_from, write_selection
@@ -351,7 +349,35 @@ def test_device_is_checked_before_anything_is_written(dataset: Dataset):
     assert dataset.stage("features/toy").sidecar() is None
     assert resolve_device("auto", remote=False) == "cpu"
     assert resolve_device("cuda", remote=True) == "cuda"
+
+
+def test_num_gpus_without_a_gpu_is_an_error(dataset: Dataset):
+    with pytest.raises(PairmillError, match="`--num-gpus` needs CUDA devices and worker processes"):
+        run_toy(dataset, num_gpus=2)
+
+
+def test_on_a_store_as_in_a_folder(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PAIRMILL_CACHE", str(tmp_path / "cache"))
+    store = make_dataset(f"memory://{tmp_path.name}/ds", 3, 12, FAIL, CORRUPT)
+    select(store, "few", {0, 14})
+    assert run_toy(store, scores=True, selection="few").counts["ok"] == 2
+    run_toy(store, scores=True)
+    run_toy(dataset, scores=True)
+    for s in range(3):
+        np.testing.assert_allclose(shard(store, s).column("mean"), shard(dataset, s).column("mean"), atol=1e-2)
+        assert shard(store, s).states() == shard(dataset, s).states()
+    assert run_toy(store, scores=True).done == 0
+
+
+def test_precision_auto_depends_on_the_device():
     assert resolve_precision("auto", "cpu") == "fp32"
+    assert resolve_precision("auto", "cuda:1") == "fp16"
+    assert resolve_precision("bf16", "cpu") == "bf16"
+
+
+def test_bfloat16_comes_back_as_float32():
+    out = Device("cpu", "bf16").download({"x": torch.ones(2, dtype=torch.bfloat16)})()
+    assert out["x"].dtype == np.float32
 
 
 def test_disk_need_is_checked_first(dataset: Dataset):
@@ -398,6 +424,5 @@ def test_cuda_copies_come_back_whole():
         np.testing.assert_array_equal(wait()["y"], host["x"].numpy() * 2)
 
 
-def test_sizes_of_the_pictures_differ():
-    assert len(set(SIZES)) == 5  # the tests above rest on it
-    assert make_sidecar("x", "y", ("features", 1), StageConfig()).fingerprint
+def test_the_pictures_differ_in_shape():
+    assert len(set(SIZES)) == 5  # batches by shape are tested with them
