@@ -95,8 +95,7 @@ def run(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on.", file=sys.stderr)
-        return 130
+        return _interrupted()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     except Exception as error:
@@ -104,9 +103,14 @@ def run(arguments: list[str]) -> int:
         if show is not None and hasattr(error, "exit_code"):
             show()
             return int(error.exit_code)
-        if type(error).__name__ == "Abort":
-            return 130
+        if type(error).__name__ == "Abort":  # what Typer makes of Ctrl-C
+            return _interrupted()
         raise
+
+
+def _interrupted() -> int:
+    print("\nstopped; run the same command again to go on.", file=sys.stderr)
+    return 130
 
 
 def main() -> None:
