@@ -61,6 +61,24 @@ def binary_view(column: pa.Array, at: int) -> memoryview:
     return memoryview(values)[start:end] if values is not None else memoryview(b"")
 
 
+def arrays_to_blobs(arrays: Sequence[np.ndarray | None], field: pa.Field) -> pa.Array:
+    """A blob column of many rows, each copied once. Equal to pa.array of `to_blob` of each; None is null."""
+    spec = tensor_spec(field)
+    if spec is None:
+        raise ValueError(f"`{field.name}` is not a blob tensor column")
+    parts = [np.empty(0, np.uint8) if a is None else _bytes_of(a, spec[0]) for a in arrays]
+    offsets: np.ndarray = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    data = np.concatenate([np.empty(0, np.uint8), *parts])
+    present = pa.array([a is not None for a in arrays], pa.bool_())
+    valid = present.buffers()[1] if any(a is None for a in arrays) else None
+    return pa.Array.from_buffers(pa.large_binary(), len(parts), [valid, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+
+def _bytes_of(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8)
+
+
 def from_blob(field: pa.Field, column: pa.Array, at: int, shapes: Mapping[str, int | None]) -> np.ndarray | None:
     """The tensor of row `at` as a read-only view of the mapped file, or None where the row is null.
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from schemas.pairs import pairs_digest
 from schemas.tables import COUNTS, DIGEST
-from schemas.tensors import array_to_fixed, tensor_spec, to_blob
+from schemas.tensors import array_to_fixed, arrays_to_blobs, tensor_spec
 from shards.files import Folder
 
 GROUP_BYTES = 16 << 20
@@ -174,8 +174,8 @@ def _column(field: pa.Field, values: list[Any]) -> pa.Array:
         zero = np.zeros(dim, np.float16)
         return array_to_fixed(np.stack([zero if v is None else v for v in values]), valid, dim)
     if tensor_spec(field) is not None:
-        values = [None if v is None else to_blob(v, field) for v in values]
-    elif any(isinstance(v, np.ndarray) for v in values):
+        return arrays_to_blobs(values, field)
+    if any(isinstance(v, np.ndarray) for v in values):
         values = [v.tolist() if isinstance(v, np.ndarray) else v for v in values]
     return pa.array(values, field.type)
 

@@ -18,7 +18,16 @@ from schemas.pairs import INPUT_FIELDS, PAIR_FIELDS, carried_name, given_uid, pa
 from schemas.sidecars import check_same, make_sidecar
 from schemas.status import STATES, STATUSES, is_transient
 from schemas.tables import check_schema, table_schema, table_version
-from schemas.tensors import array_to_fixed, blob_tensor, fixed_tensor, fixed_to_array, from_blob, tensor_spec, to_blob
+from schemas.tensors import (
+    array_to_fixed,
+    arrays_to_blobs,
+    blob_tensor,
+    fixed_tensor,
+    fixed_to_array,
+    from_blob,
+    tensor_spec,
+    to_blob,
+)
 from tests.strategies import captions, texts
 
 
@@ -181,3 +190,13 @@ def test_blobs_that_do_not_fit_their_shape_are_damaged():
         to_blob(np.ones(1), fixed_tensor("y", 1))
     with pytest.raises(ValueError, match="`y` is not a blob"):
         from_blob(pa.field("y", pa.large_binary()), column, 0, {})
+
+
+@pytest.mark.parametrize("rows", [[], [None], [None, None], [(2, 3), None, (0, 3), (1, 3)], [(1, 3)] * 9])
+def test_many_rows_make_the_column_that_single_rows_make(rows):
+    field = blob_tensor("x", "float16", ["n", 3])
+    rng = np.random.default_rng(0)
+    arrays = [None if shape is None else rng.random((3, shape[0])).astype(np.float64).T for shape in rows]
+    column = arrays_to_blobs(arrays, field)
+    column.validate(full=True)
+    assert column.equals(pa.array([None if a is None else to_blob(a, field) for a in arrays], pa.large_binary()))
