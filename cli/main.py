@@ -12,6 +12,8 @@ from typer.core import TyperCommand, TyperGroup
 from cli.versions import version_option
 from schemas.errors import PairmillError, suggest
 
+INTERRUPTED = 130
+
 # command -> (module, function, what it does). The help of `pairmill` reads only this table.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("cli.demo.run", "Make a small noisy web; curate, train and evaluate on it."),
@@ -90,12 +92,12 @@ def run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         result = command.main(args=arguments, prog_name="pairmill", standalone_mode=False)
+        if result == INTERRUPTED:  # what Typer makes of Ctrl-C
+            print("\nstopped; run the same command again to go on.", file=sys.stderr)
         return result if isinstance(result, int) else 0
     except PairmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return _interrupted()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     except Exception as error:
@@ -103,14 +105,7 @@ def run(arguments: list[str]) -> int:
         if show is not None and hasattr(error, "exit_code"):
             show()
             return int(error.exit_code)
-        if type(error).__name__ == "Abort":  # what Typer makes of Ctrl-C
-            return _interrupted()
         raise
-
-
-def _interrupted() -> int:
-    print("\nstopped; run the same command again to go on.", file=sys.stderr)
-    return 130
 
 
 def main() -> None:
