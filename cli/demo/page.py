@@ -14,10 +14,9 @@ import polars as pl
 
 from cli.demo import truth
 from cli.demo.results import KS, MODELS, Numbers, smooth
-from cli.demo.steps import CURATED, SELECTION, UNCURATED, Places
+from cli.demo.steps import CURATED, SAMPLE, SELECTION, UNCURATED, Places
 from curation import charts
 from curation.funnel import FunnelStep
-from schemas.errors import PairmillError
 from schemas.status import SUCCESS
 from shards.dataset import Dataset
 
@@ -169,25 +168,20 @@ def _figure(row: Mapping[str, Any], data: str | None) -> Numbers:
 
 
 def boxes(dataset: Dataset, frame: pl.DataFrame, seed: int) -> list[Numbers]:
-    """Pictures that were kept, with what the detector found in them."""
-    rows = frame.filter("keep").sample(fraction=1.0, shuffle=True, seed=seed + 1).head(8 * BOXES)
+    """Pictures of the sample with what the detector found in them: those with two sure objects or more."""
+    from extractors.regions.picture import row_picture
+    from shards.select import read_selection
+
+    sample = pl.Series(read_selection(dataset, SAMPLE).keep)
+    rows = frame.filter(sample).sample(fraction=1.0, shuffle=True, seed=seed + 1).head(8 * BOXES)
     out: list[Numbers] = []
     for row in rows.to_dicts():
-        picture = _boxed(dataset, row["shard"], row["row"])
-        if picture is not None and picture[1] > 1:
-            out.append({"data": _jpeg(picture[0]), "caption": row["caption"], "count": picture[1]})
+        picture, count = row_picture(dataset, row["shard"], row["row"], "regions", CONFIDENT)
+        if count > 1:
+            out.append({"data": _jpeg(picture), "caption": row["caption"], "count": count})
         if len(out) == BOXES:
             break
     return out
-
-
-def _boxed(dataset: Dataset, shard: int, row: int) -> tuple[np.ndarray, int] | None:
-    from extractors.regions.picture import row_picture
-
-    try:
-        return row_picture(dataset, shard, row, "regions", CONFIDENT)
-    except PairmillError:  # a row whose image did not decode again
-        return None
 
 
 def _jpeg(image: np.ndarray) -> str:

@@ -176,8 +176,8 @@ def _finish(at: Places, settings: DemoSettings, clock: Clock) -> Path:
 
     _head(
         "Results",
-        f"Retrieval among {settings.held_out:,} clean scenes that no model has seen; recall at k in percent: i2t finds a "
-        "picture's captions, t2i a caption's picture.",
+        f"Retrieval among {settings.held_out:,} clean scenes that no model has seen; recall at k in percent. "
+        "i2t: a picture's captions are searched; t2i: a caption's picture.",
     )
     found = gather(at, settings, clock.seconds)
     print_table(result_rows(found))

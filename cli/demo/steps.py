@@ -9,6 +9,7 @@ from pathlib import Path
 from schemas.errors import PairmillError
 
 SELECTION = "best"
+SAMPLE = "sample"
 CURATED, UNCURATED = "vilt-curated", "vilt-uncurated"
 # Pictures that are no thumbnails, captions that are no file names and hold nothing but ASCII.
 RULES = ("width >= 64", r"caption NOT LIKE '%.___' AND caption NOT LIKE '%.jpeg'", "regexp_like(caption, '^[ -~]+$')")
@@ -106,10 +107,17 @@ def features(at: Places) -> list[Step]:
         ),
         _step(
             at,
+            "sample",
+            "Take a sample of what is kept",
+            "A selection can start from another; rows are drawn by their ids, the same ones every time.",
+            f"filter {{}}/scenes -o {SAMPLE} --from {SELECTION} --sample 0.2",
+        ),
+        _step(
+            at,
             "regions",
-            "Find the objects in what is kept",
+            "Find the objects in the sample",
             "With a small detector that comes with pairmill: boxes, features and classes of each object.",
-            f"extract regions {{}}/scenes --detector torchvision:tiny --selection {SELECTION} --workers 0",
+            f"extract regions {{}}/scenes --detector torchvision:tiny --selection {SAMPLE} --workers 0",
         ),
     ]
 

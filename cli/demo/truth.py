@@ -122,7 +122,7 @@ def threshold_curve(score: np.ndarray, noisy: np.ndarray, points: int = CURVE_PO
     order = np.argsort(score, kind="stable")
     ranked, hits = score[order], np.concatenate([[0], np.cumsum(noisy[order])])
     out = []
-    for threshold in np.unique(np.quantile(ranked, np.linspace(0, 1, points + 1)[1:-1])) if len(ranked) else []:
+    for threshold in np.unique(np.quantile(ranked, np.linspace(0, 1, points + 2)[1:-1])) if len(ranked) else []:
         below = int(np.searchsorted(ranked, threshold, "left"))
         if below:
             hit = int(hits[below])
