@@ -12,50 +12,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import ROOT, Check, python, show, table, write, write_page
+from benchmarks.compare import ROOT, python, show, table, write, write_page
 
 NAMES = ("download", "clip_score", "features", "training_input", "filter", "cli_help", "memory")
-FILTER_ROWS, QUICK_ROWS = 10_000_000, 100_000
 
 
 def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:
     """One benchmark's result as JSON values."""
-    if name == "filter":
-        return measure_filter(rounds, quick)
     return importlib.import_module(f"benchmarks.{name}").run(rounds, quick).as_json()
-
-
-def measure_filter(rounds: int, quick: bool) -> dict[str, Any]:
-    """benchmarks/filter.py is a program of its own; its result in the others' form."""
-    rows, rounds = (QUICK_ROWS, 1) if quick else (FILTER_ROWS, rounds)
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "filter.json"
-        options = ["--rows", str(rows), "--rounds", str(rounds), "--out", str(out)]
-        subprocess.run(python("-m", "benchmarks.filter", *options), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return filter_result(json.loads(out.read_text()))
-
-
-def filter_result(found: dict[str, Any]) -> dict[str, Any]:
-    """What benchmarks/filter.py writes, in the form of the others."""
-    from benchmarks.compare import Result
-
-    checks = [
-        Check("decide, times as fast as pandas", found["ratio_pandas"], 3.0),
-        Check("decide, times as fast as DuckDB", found["ratio_duckdb"]),
-        Check("decide and write, times as fast as pandas", found["ratio_pandas_with_writing"]),
-    ]
-    times = {f"decide_{name}_s": s for name, s in found["decide_s"].items()}
-    times |= {f"decide_and_write_{name}_s": s for name, s in found["decide_and_write_s"].items()}
-    what = "a recipe of thresholds and a best 30 % over rows of scores, against pandas and DuckDB on the same Parquet"
-    sizes = {"rows": found["rows"], "kept": found["kept"]}
-    return Result("filter", what, found["rounds"], sizes, times, checks, list(found["versions"])).as_json()
 
 
 def main() -> int:

@@ -85,7 +85,8 @@ def machine() -> dict[str, object]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory), "python": platform.python_version()}
+    about = {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory), "python": platform.python_version()}
+    return {**about, "load": round(os.getloadavg()[2], 1)}  # of 15 minutes: who else was on the machine
 
 
 def timed(run: Callable[[], object]) -> Callable[[], float]:
@@ -220,9 +221,9 @@ def table() -> str:
     for result in standing():
         where = result["machine"]
         place = f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, Python {where['python']}"
-        seen.setdefault(f"{place}, {result['date']}", []).append(result["benchmark"])
-        for check in result["checks"]:
-            lines.append(_line(result["benchmark"], check))
+        told = f"{result['benchmark']} ({result['date']}, load {where['load']:g})"
+        seen.setdefault(place, []).append(told)
+        lines += [_line(result["benchmark"], check) for check in result["checks"]]
     made = [f"{place}: {', '.join(names)}." for place, names in seen.items()]
     return "\n".join([*lines, "", *made])
 

@@ -172,15 +172,15 @@ def check_equal(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> Non
         assert alike >= LEAST_PSNR, f"{one['url']}: {alike:.1f} dB"
 
 
-def bare(data: bytes) -> None:
-    """What every download with this decoder must do: whole decode, area filter, encode, hash."""
+def bare(data: bytes) -> tuple[bytes, str]:
+    """What every download with this decoder must do: whole decode, area filter, encode, hash (hex)."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     assert image is not None
     scale = SIDE / min(image.shape[:2])
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
-    hashlib.sha256(data).digest()
+    stored = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+    return stored, hashlib.sha256(data).hexdigest()
 
 
 def reduced(data: bytes) -> None:
@@ -197,7 +197,7 @@ def _begin(barrier: Any) -> None:
     cv2.setNumThreads(1)
 
 
-def _repeat(step: Callable[[bytes], None], pictures: list[bytes], count: int) -> tuple[float, float]:
+def _repeat(step: Callable[[bytes], object], pictures: list[bytes], count: int) -> tuple[float, float]:
     step(pictures[0])
     _together.wait()
     start = time.perf_counter()
@@ -206,7 +206,7 @@ def _repeat(step: Callable[[bytes], None], pictures: list[bytes], count: int) ->
     return start, time.perf_counter()
 
 
-def bound(step: Callable[[bytes], None], pictures: list[bytes], count: int) -> float:
+def bound(step: Callable[[bytes], object], pictures: list[bytes], count: int) -> float:
     """Images a second of WORKERS processes that each do `count`."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, context, _begin, (context.Barrier(WORKERS),)) as pool:

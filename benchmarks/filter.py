@@ -1,7 +1,5 @@
 """Filtering 10 million rows of scores: pairmill, pandas and DuckDB on the same Parquet files.
 
-    python -m benchmarks.filter [--rows 10000000] [--rounds 5] [--out benchmarks/results/filter.json]
-
 The recipe: status, three thresholds over four columns, then the best 30 % by a fifth. All three answer with a mask over
 all rows; the rows kept are compared before anything is timed. pandas is written as its users write it: read_parquet of
 the needed columns, boolean masks. Ours also checks that every score shard was made from the pairs that stand, keeps the
@@ -10,16 +8,8 @@ reason and the rows that each rule alone drops. The second table adds writing th
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
@@ -27,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from benchmarks.compare import Check, Result, medians, timed
 from curation.filter import apply_rules, make_selection
 from schemas.config import StageConfig
 from schemas.features import SCORES, scores_schema
@@ -36,6 +27,7 @@ from shards.dataset import Dataset, new_manifest, write_manifest
 from shards.files import open_folder
 from shards.writer import write_table
 
+ROWS = 10_000_000
 SHARD_ROWS = 10_000
 COLUMNS = "abcde"
 STATUSES = ("success", "timeout")
@@ -44,7 +36,7 @@ RULES = (
     {"where": "bench.c > 0.2"},
     {"top": {"share": 0.3, "by": "bench.d"}},
 )
-PACKAGES = ("polars", "pandas", "duckdb", "pyarrow", "numpy")
+PACKAGES = ("pairmill", "polars", "pandas", "duckdb", "pyarrow", "numpy")
 
 
 def generate(path: Path, rows: int) -> Dataset:
@@ -104,7 +96,7 @@ class Peers:
         second = first & (scores["a"] >= 0.24) & (scores["b"] <= 0.3)
         third = second & (scores["c"] > 0.2)
         best = scores.loc[third, "d"].nlargest(int(Fraction("0.3") * int(third.sum()))).index
-        kept = np.zeros(len(scores), bool)
+        kept: np.ndarray = np.zeros(len(scores), bool)
         kept[best] = True
         return [first.to_numpy(), second.to_numpy(), third.to_numpy(), kept]
 
@@ -113,7 +105,7 @@ class Peers:
         with duckdb.connect() as db:
             source = f"read_parquet({self.scores!r}) s POSITIONAL JOIN read_parquet({self.pairs!r}) p"
             db.execute(f"CREATE TEMP TABLE t AS SELECT d, coalesce({good}, false) AS good FROM {source}")
-            count = db.execute("SELECT count(*) FROM t WHERE good").fetchone()[0]
+            (count,) = db.execute("SELECT count(*) FROM t WHERE good").fetchall()[0]
             size = int(Fraction("0.3") * count)
             cut = f"SELECT min(d) FROM (SELECT d FROM t WHERE good AND d IS NOT NULL ORDER BY d DESC LIMIT {size})"
             kept = db.execute(f"SELECT coalesce(good AND d >= ({cut}), false) AS kept FROM t").fetchnumpy()["kept"]
@@ -126,21 +118,10 @@ class Peers:
         steps = self._pandas_steps()
         names = ["status", "a and b", "c", "top", None]
         reason = pd.Categorical.from_codes(sum(s.astype(np.int8) for s in steps), categories=[*names[:4], "kept"])
-        place = np.arange(len(steps[0]), dtype=np.int32)
+        place: np.ndarray = np.arange(len(steps[0]), dtype=np.int32)
         columns = {"shard": place // SHARD_ROWS, "row": place % SHARD_ROWS, "keep": steps[-1], "reason": reason}
         pd.DataFrame(columns).to_parquet(self.scratch / "pandas.parquet", compression="zstd")
         return int(steps[-1].sum())
-
-
-def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, interleaved so that drift hits all."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def check_equal(peers: Peers) -> int:
@@ -152,60 +133,26 @@ def check_equal(peers: Peers) -> int:
     return int(ours.sum())
 
 
-def machine() -> dict[str, object]:
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "?",
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    load = round(os.getloadavg()[1], 1)  # of 5 minutes: who else was on the machine
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory),
-        "python": platform.python_version(),
-        "load": load,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "filter.json")
-    args = parser.parse_args()
+def run(rounds: int, quick: bool) -> Result:
+    """Deciding, and deciding and writing."""
+    rows, rounds = (10 * SHARD_ROWS, 1) if quick else (ROWS, rounds)
     with tempfile.TemporaryDirectory() as scratch:
-        peers = Peers(generate(Path(scratch) / "dataset", args.rows), Path(scratch))
-        rows = len(peers.dataset)
+        peers = Peers(generate(Path(scratch) / "dataset", rows), Path(scratch))
         kept = check_equal(peers)
-        decide = measure({n: getattr(peers, n) for n in ("pairmill", "pandas", "duckdb")}, args.rounds)
-        write = measure({"pairmill": peers.write_pairmill, "pandas": peers.write_pandas}, args.rounds)
-    print(f"{rows:,} rows, {kept:,} kept, median of {args.rounds}")
-    print(f"{'':24}{'seconds':>9}{'ours is':>10}")
-    for title, times in (("decide", decide), ("decide and write", write)):
-        for name, seconds in times.items():
-            print(f"{title + ', ' + name:24}{seconds:9.2f}{seconds / times['pairmill']:9.2f}x as fast")
-    result = {
-        "benchmark": "filter",
-        "rows": rows,
-        "kept": kept,
-        "rounds": args.rounds,
-        "decide_s": {n: round(s, 4) for n, s in decide.items()},
-        "decide_and_write_s": {n: round(s, 4) for n, s in write.items()},
-        "ratio_pandas": round(decide["pandas"] / decide["pairmill"], 3),
-        "ratio_duckdb": round(decide["duckdb"] / decide["pairmill"], 3),
-        "ratio_pandas_with_writing": round(write["pandas"] / write["pairmill"], 3),
-        "machine": machine(),
-        "versions": {p: version(p) for p in PACKAGES},
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+        runs = {name: timed(getattr(peers, name)) for name in ("pairmill", "pandas", "duckdb")}
+        decide = medians(runs, rounds)
+        write = medians({"pairmill": timed(peers.write_pairmill), "pandas": timed(peers.write_pandas)}, rounds)
+    ours = decide["pairmill"]
+    return Result(
+        "filter",
+        "thresholds and a best 30 % over rows of scores, against pandas and DuckDB on the same Parquet",
+        rounds,
+        {"rows": rows, "kept": kept},
+        {f"decide, {n}, s": s for n, s in decide.items()} | {f"decide and write, {n}, s": s for n, s in write.items()},
+        [
+            Check("decide, times as fast as pandas", decide["pandas"] / ours, 3.0),
+            Check("decide, times as fast as DuckDB", decide["duckdb"] / ours),
+            Check("decide and write, times as fast as pandas", write["pandas"] / write["pairmill"]),
+        ],
+        PACKAGES,
+    )

@@ -140,15 +140,12 @@ def run(rounds: int, quick: bool) -> Result:
     for stage in stages:
         rows = (many - few) * (SHARD_ROWS if stage == "filter" else ROWS)
         found[f"{stage}, growth of a row, bytes"] = (middle[stage, many] - middle[stage, few]) / rows
+    sizes = {"rows of a shard": f"{ROWS} (filter: {SHARD_ROWS})", "images": f"{WIDTH}x{HEIGHT}"}
     return Result(
         "memory",
         "peak anonymous memory of each stage: it must not grow with the number of shards",
         rounds,
-        {
-            "shards": f"{few} and {many}",
-            "rows of a shard": f"{ROWS} (filter: {SHARD_ROWS})",
-            "images": f"{WIDTH}x{HEIGHT}",
-        },
+        {"shards": f"{few} and {many}", **sizes},
         found,
         [Check(f"{s}, {many} shards over {few}", middle[s, many] / middle[s, few], GROWTH, False) for s in stages],
         ["pairmill", "torch", "polars", "pyarrow", "open_clip_torch"],

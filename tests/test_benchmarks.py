@@ -1,0 +1,197 @@
+"""Benchmarks run at tiny sizes, both sides give equal answers, and the page tells the numbers that stand."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cli_help, clip_score, compare, download, features, memory, training_input
+from benchmarks.__main__ import NAMES
+from benchmarks.compare import Check
+from benchmarks.filter import SHARD_ROWS, Peers, check_equal, generate
+from benchmarks.make_pairs import make_pairs
+from benchmarks.photographs import jpegs
+
+LOAD = download.Load(640, 480, 2, 4, 4, 1.2)
+
+
+def test_rounds_are_interleaved_and_the_median_is_told():
+    seen = []
+    answers = {"ours": iter([3.0, 1.0, 2.0]), "peer": iter([9.0, 8.0, 1.0])}
+    runs = {name: lambda n=name: seen.append(n) or next(answers[n]) for name in answers}
+    assert compare.medians(runs, 3) == {"ours": 2.0, "peer": 8.0}
+    assert seen == ["ours", "peer"] * 3
+
+
+@pytest.mark.parametrize(
+    ("check", "met"),
+    [
+        (Check("ratio", 1.2, 1.2), True),
+        (Check("ratio", 1.1, 1.2), False),
+        (Check("seconds", 0.4, 0.4, at_least=False), True),
+        (Check("seconds", 0.5, 0.4, at_least=False), False),
+        (Check("shown", 0.5), None),
+    ],
+)
+def test_a_goal_is_a_floor_or_a_ceiling(check, met):
+    assert check.met is met
+
+
+def test_timed_answers_with_seconds():
+    assert 0.02 <= compare.timed(lambda: time.sleep(0.02))() < 5
+
+
+def test_peak_memory_counts_children_and_anonymous_pages():
+    child = "x = b'1' * (96 << 20); import time; time.sleep(0.6)"
+    parent = f"import subprocess, sys; subprocess.check_call([sys.executable, '-c', {child!r}])"
+    peak = compare.peak_memory([sys.executable, "-c", parent])
+    assert 96 << 20 <= peak["anonymous"] <= peak["pss"] < 400 << 20
+
+
+def test_a_command_that_fails_says_what_it_said():
+    with pytest.raises(RuntimeError, match="no such thing"):
+        compare.run_quietly([sys.executable, "-c", "raise SystemExit('no such thing')"])
+
+
+def test_photographs_weigh_what_photographs_weigh():
+    assert all(60_000 < len(data) < 130_000 for data in jpegs(640, 480, 2))
+    assert jpegs(64, 48, 2) == jpegs(64, 48, 2)
+
+
+def test_our_download_makes_what_bare_opencv_makes(tmp_path):
+    made = [download.bare(data) for data in jpegs(LOAD.width, LOAD.height, 2)]
+    with download.server(LOAD, pictures=2) as address:
+        urls = download.write_list(tmp_path, address, LOAD.short, pictures=2)
+        ours = download.fetched(download.ours, urls, LOAD.shard_rows)
+        assert download.fetch_seconds(download.ours, urls, LOAD.shard_rows) > 0
+    size = {"width": 512, "height": 384, "original_width": LOAD.width, "original_height": LOAD.height}
+    want = [
+        {"url": f"{address}/{i % 2}.jpg?row={i}", "caption": f"picture {i}", "status": "success", **size}
+        | {"sha256": made[i % 2][1], "image": made[i % 2][0]}
+        for i in range(LOAD.short)
+    ]
+    want.sort(key=lambda row: row["url"])
+    download.check_equal(ours, want)
+    with pytest.raises(AssertionError, match="dB"):
+        download.check_equal(ours, [{**row, "image": made[(i + 1) % 2][0]} for i, row in enumerate(want)])
+    with pytest.raises(AssertionError):
+        download.check_equal(ours, want[:-1])
+
+
+@pytest.mark.slow
+def test_img2dataset_makes_the_same_rows(tmp_path):
+    with download.server(LOAD, pictures=2) as address:
+        urls = download.write_list(tmp_path, address, LOAD.short, pictures=2)
+        sides = [download.fetched(one, urls, LOAD.shard_rows) for one in (download.ours, download.peer)]
+    download.check_equal(*sides)
+
+
+def test_the_bound_is_a_rate_of_two_processes():
+    assert download.bound(download.reduced, jpegs(640, 480, 1), 2) > 0
+
+
+def test_clip_scores_equal_the_bare_model(tmp_path):
+    model = clip_score.random_clip(tmp_path / "clip", clip_score.TINY)
+    dataset = make_pairs(tmp_path / "ds", shards=2, rows=6)
+    ours, bare = clip_score.Ours(dataset, model, 4), clip_score.Bare(dataset, model, 4)
+    assert ours.seconds() > 0
+    clip_score.check_equal(ours.scores(), bare.scores())
+    with pytest.raises(AssertionError):
+        clip_score.check_equal(ours.scores() + 1e-4, bare.scores())
+    assert bare.seconds() > 0
+
+
+def test_every_feature_store_answers_with_the_same_arrays(tmp_path):
+    rows = 5
+    stores = [
+        features.Shard(tmp_path / "shard", rows),
+        features.Lmdb(tmp_path / "plain", rows, compressed=False),
+        features.Lmdb(tmp_path / "small", rows, compressed=True),
+        features.Tsv(tmp_path / "rows.tsv", rows),
+    ]
+    readers = [store.read for store in stores]
+    features.check_equal(readers, [4, 0, 3])
+    with pytest.raises(AssertionError):
+        features.check_equal([lambda number: readers[0](number - 1)], [3])
+    for read in readers:
+        features.read_batches(read, [1, 4])
+
+
+def test_training_input_gives_the_same_pairs_either_way(tmp_path):
+    dataset = make_pairs(tmp_path / "ds", shards=2, rows=6)
+    ours = training_input.Ours(dataset, 2, 4)
+    tars = training_input.Tars(training_input.write_tars(dataset, tmp_path / "tars"), 0, 4)
+    read = training_input.read_counts(ours.read())
+    assert read == training_input.read_counts(tars.read())
+    assert read.total() == 12
+    assert training_input.batch_counts(ours.batches()) == training_input.batch_counts(tars.batches())
+    assert training_input.drain_batches(ours) == 3
+
+
+def test_filters_decide_alike(tmp_path):
+    peers = Peers(generate(tmp_path / "scored", 2 * SHARD_ROWS), tmp_path)
+    assert 0 < check_equal(peers) < 2 * SHARD_ROWS
+
+
+def test_help_is_timed():
+    result = cli_help.run(1, quick=True)
+    assert all(seconds > 0 for seconds in result.medians.values())
+    with pytest.raises(RuntimeError, match="No such command"):
+        cli_help.help_seconds(["no-such-command"], 1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    clip_score.random_clip(folder / "clip", clip_score.TINY)
+    with download.server(download.Load(memory.WIDTH, memory.HEIGHT, memory.ROWS, 0, 0, 0), 4) as address:
+        memory.prepare(folder / "1", 1, address, ["filter"])
+        yield folder
+
+
+@pytest.mark.parametrize("stage", [s for s in memory.STAGES if s != "download"])
+def test_every_stage_whose_memory_is_measured_runs(data, stage, monkeypatch):
+    threads = torch.get_num_threads()
+    memory.STAGES[stage](data / "1", 1)
+    assert torch.get_num_threads() == threads
+
+
+def test_memory_of_a_stage_is_that_of_its_own_process(data):
+    assert 20 << 20 < memory.measure(data, "training input", 1, 0) < 2 << 30
+    assert sorted(path.name for path in data.iterdir()) == ["1", "clip"]
+
+
+def test_a_result_says_where_and_when_it_was_made():
+    result = compare.Result("x", "what", 3, {"rows": 1}, {"ours_s": 0.123456}, [Check("r", 2.34567, 2)], ["numpy"])
+    made = json.loads(json.dumps(result.as_json()))
+    assert made["medians"] == {"ours_s": 0.1235}
+    assert made["checks"] == [{"what": "r", "value": 2.346, "goal": 2, "at_least": True, "met": True}]
+    assert made["versions"] == {"numpy": np.__version__}
+    assert made["machine"].keys() == {"cpu", "cores", "memory_gib", "python", "load"}
+    assert made["rounds"] == 3
+
+
+def test_the_table_is_made_from_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(compare, "PAGE", tmp_path / "page.md")
+    compare.PAGE.write_text(f"before\n{compare.START}\nold\n{compare.END}\nafter\n")
+    checks = [Check("ratio", 1.25, 1.2), Check("seconds", 0.5, 0.4, at_least=False), Check("shown", 7)]
+    compare.write(compare.Result("one", "what", 5, {}, {}, checks).as_json())
+    text = compare.PAGE.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| one | ratio | 1.25 | ≥ 1.2 | met |" in text
+    assert "| one | seconds | 0.5 | ≤ 0.4 | missed |" in text
+    assert "| one | shown | 7 |  |  |" in text
+
+
+def test_the_page_tells_the_results_that_stand():
+    results = list(compare.standing())
+    assert {result["benchmark"] for result in results} <= set(NAMES)
+    assert compare.table() in compare.PAGE.read_text()
