@@ -103,7 +103,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         _fsync(raw.fd)
         raw.give_up()
         _rename(str(temporary), str(path))
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except BaseException as error:
         raw.give_up()
         with contextlib.suppress(OSError):
@@ -115,12 +115,25 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         _fsync(fd)
     finally:
         os.close(fd)
+
+
+def place_folder(temporary: Path, target: Path) -> None:
+    """Renames a local folder of finished files to `target`: the folder is whole or absent. An older one is replaced."""
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    aside = target.with_name(temporary_name(target.name))
+    if target.exists():
+        _rename(str(target), str(aside))
+    _rename(str(temporary), str(target))
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 class Folder(ABC):

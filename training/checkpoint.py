@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from schemas.errors import PairmillError
-from shards.files import atomic_file, is_temporary, temporary_name
+from shards.files import atomic_file, is_temporary, place_folder, temporary_name
 from training.config import TrainConfig
 
 STEP_WIDTH = 8
@@ -85,13 +84,7 @@ class Run:
             with atomic_file(temporary / "optimizer.safetensors") as stream:
                 stream.write(save(optimizer))
             write_text(temporary / "state.json", json.dumps(state, indent=1) + "\n")
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-            _sync(target.parent)
+            place_folder(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -148,11 +141,3 @@ class Run:
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path) as stream:
         stream.write(text.encode())
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -258,8 +258,12 @@ class Trainer:
         }
         with self._evaluated():
             self.run.save(self.step, tensors, state, self.model.save)
-        if self.best_step == self.step:
-            self.run.point("best", self.step)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """What follows a checkpoint; called again on resume, since a kill may come in between."""
+        if self.best_step is not None and self.best_step != self.run.pointer("best"):
+            self.run.point("best", self.best_step)
         self.run.prune(self.config.keep)
 
     def _resume(self) -> None:
@@ -277,6 +281,8 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.loss = state["step"], state["loss"]
             self.best, self.best_step = state["best"], state["best_step"]
+            if self.main:
+                self._tidy()
             self.emit(Notice(f"{self.run.path}: going on from step {self.step:,}."))
         self.accelerator.wait_for_everyone()
 

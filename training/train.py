@@ -13,7 +13,7 @@ import yaml
 from schemas.errors import PairmillError
 from schemas.events import Emit, Notice, silent
 from shards.dataset import PAIRS
-from shards.files import hash_file
+from shards.files import hash_file, place_folder, temporary_name
 from shards.reader import read_table
 from training.augment import Augmentation
 from training.checkpoint import Run
@@ -98,7 +98,10 @@ def make_tokenizer(config: TrainConfig, run: Run, sources: Sequence[Source]) -> 
         tokenizer = train_wordpiece(captions(sources), int(size))
     else:
         tokenizer = load_tokenizer(config.tokenizer)
-    tokenizer.save(folder)
+    temporary = folder.with_name(temporary_name(folder.name))
+    temporary.mkdir(parents=True)
+    tokenizer.save(temporary)
+    place_folder(temporary, folder)
     return tokenizer
 
 
