@@ -68,6 +68,7 @@ class TrainConfig(StageConfig):
     save_minutes: float = execution(10.0, "minutes between two checkpoints", ge=0)
     keep: int = execution(3, "checkpoints kept; best and last stay in any case", gt=0)
     compile: bool = execution(False, "compile the model with torch.compile")
+    checkpointing: bool = execution(False, "compute activations again in the backward pass: less memory, more time")
     tensorboard: bool = execution(False, "also write TensorBoard event files")
 
     @property

@@ -152,6 +152,39 @@ def test_bf16_trains(tmp_path, dataset):
     assert result.loss != run(tmp_path, "vilt", dataset, tmp_path / "fp32").loss
 
 
+def test_computing_activations_again_changes_no_loss(tmp_path, dataset):
+    run(tmp_path, "vilt", dataset, tmp_path / "kept")
+    run(tmp_path, "vilt", dataset, tmp_path / "again", {"checkpointing": True})
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept")
+
+
+def test_tensorboard_files_are_written(tmp_path, dataset):
+    run(tmp_path, "clip", dataset, tmp_path / "run", {"tensorboard": True, "stop": 2})
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"contrastive_loss" in file.read_bytes()
+
+
+def test_a_compiled_model_trains_alike(tmp_path, dataset, monkeypatch):
+    """Traced and differentiated by torch.compile; without the code generator, which takes minutes on two cores."""
+    run(tmp_path, "clip", dataset, tmp_path / "plain", {"stop": 2})
+    calls = []
+
+    def traced(module):
+        calls.append(module)
+        return compile_module(module, backend="aot_eager")
+
+    compile_module = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    run(tmp_path, "clip", dataset, tmp_path / "compiled", {"stop": 2, "compile": True})
+    assert len(calls) == 1
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_fp16_without_a_gpu_is_an_error(tmp_path, dataset):
+    with pytest.raises(PairmillError, match="fp16 needs a GPU"):
+        run(tmp_path, "clip", dataset, tmp_path / "run", precision="fp16")
+
+
 def test_starting_from_weights_loads_and_slows_them(tmp_path, dataset):
     run(tmp_path, "vilt", dataset, tmp_path / "first")
     start = str(Run(tmp_path / "first").chosen() / "model.safetensors")
