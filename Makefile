@@ -17,11 +17,14 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(VENV)/bin/pairmill demo
 
+# Two test processes on two cores: one thread each.
+test test-slow quick: export OMP_NUM_THREADS := 1
+
 test: setup
 	$(PY) -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: setup
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow -n 2 --dist worksteal
 
 quick: setup
 	$(PY) -m pytest -m "not slow" -x -n 2
