@@ -25,6 +25,7 @@ from training.batch import Batch
 from training.checkpoint import METRICS, Run
 from training.config import TrainConfig
 from training.data import Loader
+from training.layers import Blocks
 from training.models.base import VisionLanguageModel
 from training.objectives import Objective
 from training.optim import (
@@ -117,6 +118,8 @@ class Trainer:
 
         # accelerate keeps the first run's precision for the whole process; the next run may want another.
         AcceleratorState._reset_state()
+        if self.config.precision == "fp16" and (self.config.device == "cpu" or not torch.cuda.is_available()):
+            raise PairmillError("--precision fp16 needs a GPU. Use bf16 or fp32 here.")
         precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[self.config.precision]
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
         self.step = 0
@@ -129,6 +132,9 @@ class Trainer:
         self._names = {id(p): n for n, p in self.model.named_parameters()}
         self._parameters = dict(self.model.named_parameters())
         self._average = Average(self.model, self.config.ema) if self.config.ema else None
+        for module in self.model.modules():
+            if isinstance(module, Blocks):
+                module.checkpointing = self.config.checkpointing
         self._passes = Passes(self.model, [o for _, o in self.objectives])
 
     @property
