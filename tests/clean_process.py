@@ -37,9 +37,8 @@ def in_clean_process(function: Callable[..., Any], *arguments: Any, limit_s: flo
         assert here.poll(limit_s), f"{function.__name__} has not ended after {limit_s:.0f} s"
         value, error = here.recv()
     finally:
-        if process.is_alive() and not here.closed:
-            process.join(1)
-        if process.is_alive():
+        process.join(1)
+        if process.pid is not None and process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
         here.close()
@@ -50,7 +49,6 @@ def in_clean_process(function: Callable[..., Any], *arguments: Any, limit_s: flo
 def _send(to: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.setpgrp()  # its children end with it
     try:
-        result = function(*arguments), None
+        to.send((function(*arguments), None))
     except BaseException:
-        result = None, traceback.format_exc()
-    to.send(result)
+        to.send((None, traceback.format_exc()))
