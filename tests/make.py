@@ -86,11 +86,7 @@ def make_dataset(
                 seed = shard * rows + row
                 texts = captions.get(at)
                 caption = (
-                    None
-                    if at in no_caption
-                    else texts[0]
-                    if texts
-                    else f"a {colour_name(seed)} block, number {seed}"
+                    None if at in no_caption else texts[0] if texts else f"a {colour_name(seed)} block, number {seed}"
                 )
                 one = _row(f"http://example.com/{seed}.jpg", caption, texts, fail.get(at))
                 if at not in fail:

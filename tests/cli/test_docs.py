@@ -38,7 +38,8 @@ def statuses():
     def tried_again(status):
         return "408, 425, 429, 5xx" if status == "http_error" else "yes" if is_transient(status) else ""
 
-    return "\n".join(["| status | tried again |", "| --- | --- |", *(f"| `{s}` | {tried_again(s)} |" for s in STATUSES)])
+    rows = [f"| `{s}` | {tried_again(s)} |" for s in STATUSES]
+    return "\n".join(["| status | tried again |", "| --- | --- |", *rows])
 
 
 def block(name):

@@ -140,18 +140,14 @@ def _same(name: str, ours: Any, theirs: Any, mask: Tensor | None, atol: float, r
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             _same(f"{name}[{i}]", a, b, None, atol, rtol)
     elif isinstance(theirs, float):
-        assert math.isclose(ours, theirs, abs_tol=atol, rel_tol=rtol), (
-            f"{name}: {ours}, the original has {theirs}"
-        )
+        assert math.isclose(ours, theirs, abs_tol=atol, rel_tol=rtol), f"{name}: {ours}, the original has {theirs}"
     else:
         assert ours == theirs, f"{name}: {ours!r}, the original has {theirs!r}"
 
 
 def _same_numbers(name: str, ours: Any, theirs: Any, mask: Tensor | None, atol: float, rtol: float) -> None:
     ours, theirs = torch.as_tensor(ours).detach().cpu(), torch.as_tensor(theirs)
-    assert ours.shape == theirs.shape, (
-        f"{name}: shape {tuple(ours.shape)}, the original has {tuple(theirs.shape)}"
-    )
+    assert ours.shape == theirs.shape, f"{name}: shape {tuple(ours.shape)}, the original has {tuple(theirs.shape)}"
     if mask is not None:
         assert mask.any(), f"{name}: the mask leaves nothing to compare"
         ours, theirs = ours[mask], theirs[mask]
@@ -159,6 +155,4 @@ def _same_numbers(name: str, ours: Any, theirs: Any, mask: Tensor | None, atol: 
     allowed = atol + rtol * theirs.double().abs()
     # Written so that a NaN on either side fails.
     good = (error <= allowed) | (ours.double() == theirs.double())
-    assert bool(good.all()), (
-        f"{name}: max |difference| {error.max():.2e}, {int((~good).sum())} of {good.numel()} off"
-    )
+    assert bool(good.all()), f"{name}: max |difference| {error.max():.2e}, {int((~good).sum())} of {good.numel()} off"

@@ -58,9 +58,7 @@ def test_plain_values(tmp_path, monkeypatch):
     folder = tmp_path / "plain"
     folder.mkdir()
     (folder / "case.json").write_text(json.dumps({"case": "plain", "config": {}}))
-    (folder / "data.json").write_text(
-        json.dumps({"in": {"a": 1}, "out": {"ids": [[1, 2], []], "v": {"x": 0.5}}})
-    )
+    (folder / "data.json").write_text(json.dumps({"in": {"a": 1}, "out": {"ids": [[1, 2], []], "v": {"x": 0.5}}}))
     monkeypatch.setenv("PAIRMILL_PARITY", str(tmp_path))
     (case,) = golden("plain")
     assert case.inputs == {"a": 1}
