@@ -173,21 +173,24 @@ def collate(samples: Sequence[Sample], tokenizer: TextEncoder, max_text_len: int
 
 
 def image_fields(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The image part of a batch: `pixel_values` and `image_sizes`, or `patches`, `grid` and `patch_mask`."""
+    """The image part of a batch: `pixel_values` and `image_sizes`, or `patches`, `grid` and `patch_mask`.
+
+    Copied by numpy: torch would start threads of its own under each of the loader's.
+    """
     pixels = [s.pixels for s in samples if s.pixels is not None]
     if pixels:
         height, width = (max(p.shape[i] for p in pixels) for i in (0, 1))
-        values = torch.zeros(len(pixels), 3, height, width, dtype=torch.uint8)
+        values: np.ndarray = np.zeros((len(pixels), 3, height, width), np.uint8)
         for i, p in enumerate(pixels):
-            values[i, :, : p.shape[0], : p.shape[1]] = torch.from_numpy(np.ascontiguousarray(p.transpose(2, 0, 1)))
+            values[i, :, : p.shape[0], : p.shape[1]] = p.transpose(2, 0, 1)
         sizes = torch.tensor([p.shape[:2] for p in pixels], dtype=torch.int64)
-        return {"pixel_values": values, "image_sizes": sizes}
+        return {"pixel_values": torch.from_numpy(values), "image_sizes": sizes}
     patches = [s.patches for s in samples if s.patches is not None]
     longest, side = max(len(p) for p in patches), patches[0].shape[1]
-    stacked = torch.zeros(len(patches), longest, side, dtype=torch.uint8)
+    stacked: np.ndarray = np.zeros((len(patches), longest, side), np.uint8)
     mask = torch.zeros(len(patches), longest, dtype=torch.bool)
     for i, p in enumerate(patches):
-        stacked[i, : len(p)] = torch.from_numpy(np.array(p))  # the map is read-only, the batch is not
+        stacked[i, : len(p)] = p
         mask[i, : len(p)] = True
     grid = torch.tensor([s.grid for s in samples], dtype=torch.int64)
-    return {"patches": stacked, "grid": grid, "patch_mask": mask}
+    return {"patches": torch.from_numpy(stacked), "grid": grid, "patch_mask": mask}

@@ -59,8 +59,8 @@ class Order:
         window = int(self._ends.searchsorted(index, "right"))
         self._open(window)
         start = int(self._ends[window - 1]) if window else 0
-        source, shard, row = self._rows[index - start]
-        return Place(int(source), int(shard), int(row), epoch)
+        source, shard, row = self._rows[index - start].tolist()
+        return Place(source, shard, row, epoch)
 
     def _enter(self, epoch: int) -> None:
         if epoch == self._epoch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ class Source:
         self._lock = Lock()
         self._groups: OrderedDict[tuple[int, int], dict[str, pa.Array]] = OrderedDict()
         self._shards: OrderedDict[int, MappedShard] = OrderedDict()
-        self._starts: dict[int, np.ndarray] = {}
+        self._starts: dict[int, list[int]] = {}
 
     def groups(self) -> list[Group]:
         """Every row group with the rows that take part: selected, with an image (or features), with a caption.
@@ -72,7 +73,7 @@ class Source:
         out: list[Group] = []
         for shard in range(self.dataset.num_shards):
             starts, usable = self._usable(shard)
-            self._starts[shard] = starts
+            self._starts[shard] = starts.tolist()
             for index in range(len(starts) - 1):
                 rows = np.flatnonzero(usable[starts[index] : starts[index + 1]]) + starts[index]
                 if len(rows):
@@ -145,7 +146,7 @@ class Source:
     def _group(self, shard: int, row: int) -> tuple[dict[str, pa.Array], int]:
         """The columns of the row's group, and the row's place in them."""
         starts = self._starts[shard]
-        index = int(starts.searchsorted(row, "right")) - 1
+        index = bisect.bisect_right(starts, row) - 1
         key = (shard, index)
         with self._lock:
             columns = self._groups.get(key)
@@ -155,7 +156,7 @@ class Source:
                     self._groups.popitem(last=False)
             else:
                 self._groups.move_to_end(key)
-        return columns, row - int(starts[index])
+        return columns, row - starts[index]
 
     def _read_group(self, shard: int, index: int) -> dict[str, pa.Array]:
         names = ["uid", "caption", "captions"] + (["image"] if self.input == IMAGES else [])
