@@ -23,7 +23,8 @@ from shards.dataset import Dataset
 EACH = 8
 BOXES = 8
 CONFIDENT = 0.5
-SMOOTH = 5
+SMOOTH = 5  # logged steps in a running mean
+SMOOTH_VILT = 15  # its batches are small
 TONES = {"clean": "good", **dict.fromkeys(truth.DUPLICATES, "twin")}
 
 
@@ -97,7 +98,7 @@ def _charts(found: Numbers) -> dict[str, str]:
 
     def both(metric: str) -> dict[str, list[tuple[int, float]]]:
         names = {CURATED: "curated", UNCURATED: "uncurated"}
-        return {told: smooth(losses[name].get(metric, []), SMOOTH) for name, told in names.items()}
+        return {told: smooth(losses[name].get(metric, []), SMOOTH_VILT) for name, told in names.items()}
 
     return {
         "funnel": charts.funnel_html([FunnelStep(**step) for step in found["funnel"]], "pairs in the list"),

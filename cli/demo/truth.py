@@ -19,13 +19,13 @@ DUPLICATES = ("duplicate", "reencoded")
 ABOUT_CAPTION = ("wrong_caption", "filename", "language")
 TITLES = {
     CLEAN: "clean",
-    "wrong_caption": "caption of another picture",
+    "wrong_caption": "wrong caption",
     "dead_link": "dead link",
     "corrupt": "corrupt file",
     "tiny": "tiny picture",
     "duplicate": "exact duplicate",
     "reencoded": "re-encoded duplicate",
-    "filename": "file name for a caption",
+    "filename": "file name as caption",
     "language": "other language",
 }
 CURVE_POINTS = 41
