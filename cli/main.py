@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -11,6 +12,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from cli.versions import version_option
 from schemas.errors import PairmillError, suggest
+
+# Threads of torch that wait for each other by spinning stand in the way of decoders and of other programs: with more threads
+# than free cores a training step took five times as long. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INTERRUPTED = 130
 
