@@ -13,8 +13,8 @@ from typer.core import TyperCommand, TyperGroup
 from cli.versions import version_option
 from schemas.errors import PairmillError, suggest
 
-# Threads of torch that wait for each other by spinning stand in the way of decoders and of other programs: with more threads
-# than free cores a training step took five times as long. Read when torch is loaded.
+# torch's threads wait for each other by spinning; with more of them than free cores a step took five times as long.
+# Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INTERRUPTED = 130
