@@ -36,7 +36,7 @@ class DemoSettings:
     seed: int = 0
     rows: int = 2000
     size: int = 192
-    held_out: int = 200
+    held_out: int = 100
     steps: int | None = None
     port: int = PORT
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = new_app()
 TIMES = "times.json"
-HELD_OUT = 200
+HELD_OUT = 100
 SHOWN_THRESHOLDS = 8
 
 

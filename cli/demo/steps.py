@@ -166,8 +166,8 @@ def evaluation(at: Places) -> list[Step]:
                 at,
                 f"evaluate-{name}",
                 f"Evaluate the ViLT of the {name.removeprefix('vilt-')} pairs",
-                "ViLT reads picture and caption together, which takes longer; it re-ranks what CLIP finds best.",
-                f"evaluate retrieval {{}}/runs/{name} {{}}/retrieval --candidates {{}}/runs/clip --top-k 20",
+                "ViLT reads picture and caption together: a pass for every pair. `--candidates` would re-rank CLIP's best.",
+                f"evaluate retrieval {{}}/runs/{name} {{}}/retrieval",
             )
             for name in (CURATED, UNCURATED)
         ),
