@@ -127,7 +127,7 @@ def check_equal(readers: Sequence[Read], order: Sequence[int]) -> None:
 
 def run(rounds: int, quick: bool) -> Result:
     """All stores in the page cache, one thread."""
-    rows, reads, rounds = (20, 50, 1) if quick else (2000, 4000, rounds)
+    rows, reads, rounds = (20, 50, 1) if quick else (1000, 2000, rounds)
     order = np.random.default_rng(0).integers(0, rows, reads).tolist()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

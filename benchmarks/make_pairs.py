@@ -22,20 +22,19 @@ def caption_of(number: int) -> str:
     return f"a picture of many shapes on a ground, number {number}"
 
 
-def make_pairs(
-    path: Path, shards: int, rows: int, width: int = WIDTH, height: int = HEIGHT, pictures: Sequence[bytes] = ()
-) -> Dataset:
-    """`shards` x `rows` pairs with photograph-like JPEGs (`pictures` in turn, if given) and captions."""
-    pictures = pictures or jpegs(width, height, min(24, shards * rows))
+def make_pairs(path: Path, sizes: Sequence[int], width: int = WIDTH, height: int = HEIGHT) -> Dataset:
+    """Shards of `sizes` pairs with photograph-like JPEGs, 24 of them in turn, and captions that differ."""
+    pictures = jpegs(width, height, min(24, sum(sizes)))
     folder = open_folder(path)
-    dataset = Dataset(folder, new_manifest(rows, [rows] * shards))
+    dataset = Dataset(folder, new_manifest(max(sizes), list(sizes)))
     stage = dataset.stage(PAIRS)
     stage.begin(make_sidecar("import", PAIRS, (PAIRS, VERSION), StageConfig()), "")
     size = {"width": width, "height": height, "original_width": width, "original_height": height}
     hashes = [hashlib.sha256(picture).digest() for picture in pictures]
-    for shard in range(shards):
+    for shard, rows in enumerate(sizes):
+        first = sum(sizes[:shard])
         with write_pairs(folder, stage.file(shard), pairs_schema()) as writer:
-            for number in range(shard * rows, (shard + 1) * rows):
+            for number in range(first, first + rows):
                 url, caption, which = f"http://example.com/{number}.jpg", caption_of(number), number % len(pictures)
                 row = {"uid": pair_uid(url, caption), "url": url, "caption": caption, "attempts": 1}
                 same = {"sha256": hashes[which], "stored_sha256": hashes[which]}
