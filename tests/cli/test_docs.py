@@ -88,7 +88,7 @@ def blocks_of(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def place(tmp_path_factory):
     """A folder with `list.parquet`, whose images are served on loopback, and a retrieval split with its images."""
     import json
