@@ -166,7 +166,7 @@ def evaluation(at: Places) -> list[Step]:
                 at,
                 f"evaluate-{name}",
                 f"Evaluate the ViLT of the {name.removeprefix('vilt-')} pairs",
-                "ViLT reads picture and caption together: a pass for every pair. `--candidates` would re-rank CLIP's best.",
+                "ViLT reads picture and caption together: a pass for every pair. `--candidates` re-ranks CLIP's best.",
                 f"evaluate retrieval {{}}/runs/{name} {{}}/retrieval",
             )
             for name in (CURATED, UNCURATED)
