@@ -12,7 +12,7 @@ SELECTION = "best"
 SAMPLE = "sample"
 CURATED, UNCURATED = "vilt-curated", "vilt-uncurated"
 # Pictures that are no thumbnails, captions that are no file names and hold nothing but ASCII.
-RULES = ("width >= 64", r"caption NOT LIKE '%.___' AND caption NOT LIKE '%.jpeg'", "regexp_like(caption, '^[ -~]+$')")
+RULES = ("width >= 64", r"caption NOT LIKE '%.___' AND caption NOT LIKE '%.jpeg'", "NOT regexp_like(caption, '[^ -~]')")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,12 @@ class Step:
     @property
     def command(self) -> str:
         """As a user would type it."""
-        return shlex.join(["pairmill", *self.arguments])
+        return " ".join(["pairmill", *map(quoted, self.arguments)])
+
+
+def quoted(word: str) -> str:
+    """The word for a shell: in double quotes where it holds single ones, so that it can be read."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _step(at: Places, name: str, title: str, why: str, text: str, *more: str) -> Step:

@@ -19,7 +19,7 @@ from cli.demo.page import render
 from cli.demo.prepare import DemoSettings, begin, free_port, make_held_out
 from cli.demo.results import chance, result_rows, smooth
 from cli.demo.run import Clock
-from cli.demo.steps import CURATED, UNCURATED, Places, Step, require_done, tour
+from cli.demo.steps import CURATED, UNCURATED, Places, Step, quoted, require_done, tour
 from cli.demo.truth import Kind
 from downstream.karpathy import read_karpathy
 from schemas.errors import PairmillError
@@ -149,6 +149,13 @@ def test_a_command_is_printed_so_that_a_shell_reads_it_back():
 
     for step in curation(Places(Path("my demo"))):
         assert shlex.split(step.command) == ["pairmill", *step.arguments]
+
+
+@pytest.mark.parametrize("word", ["plain", "a b", "it's", "it's $HOME", "'\"", "a\\'b", "!x'", ""])
+def test_words_survive_a_shell(word):
+    import shlex
+
+    assert shlex.split(quoted(word)) == [word]
 
 
 def test_a_failed_stage_stops_the_demo():
