@@ -86,7 +86,6 @@ def check_engine(config: DownloadConfig) -> None:
 def _their_modules() -> Any:
     # It imports wandb and albumentations, which would call home.
     os.environ["WANDB_MODE"] = "disabled"
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations would ask PyPI for a newer version of itself
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     try:
         import img2dataset.downloader
