@@ -196,3 +196,9 @@ def test_the_page_tells_the_results_that_stand():
     results = list(compare.standing())
     assert {result["benchmark"] for result in results} <= set(NAMES)
     assert compare.table() in compare.PAGE.read_text()
+
+
+def test_memory_is_held_to_the_bytes_a_row_that_the_page_lists():
+    page = (compare.ROOT / "docs" / "scale.md").read_text()
+    for stage, most in memory.LISTED.items():
+        assert any(f"`{stage}`" in line and f"| {most} " in line for line in page.splitlines()), stage
