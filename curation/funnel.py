@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
+from operator import and_
 from typing import Literal
 
 import numpy as np
@@ -55,6 +56,7 @@ class Ledger:
         self.rows = rows
         self.labels: list[str] = []
         self.verdicts: list[pl.Series] = []
+        self.passed: list[pl.Series] = []  # the verdicts without their nulls
         self.seen: list[pl.Series] = [pl.Series([True]).new_from_index(0, rows)]
 
     def add(self, label: str, verdict: pl.Series) -> None:
@@ -62,7 +64,8 @@ class Ledger:
         twins = sum(1 for known in self.labels if known == label or known.startswith(f"{label} #"))
         self.labels.append(f"{label} #{twins + 1}" if twins else label)
         self.verdicts.append(verdict)
-        self.seen.append(self.seen[-1] & verdict.fill_null(False))
+        self.passed.append(verdict.fill_null(False))
+        self.seen.append(self.seen[-1] & self.passed[-1])
 
     @property
     def kept(self) -> pl.Series:
@@ -71,8 +74,7 @@ class Ledger:
 
     def others(self, index: int) -> pl.Series:
         """Boolean [rows]: rows that every rule but number `index` keeps."""
-        parts = [v.fill_null(False) for i, v in enumerate(self.verdicts) if i != index]
-        return reduce(lambda a, b: a & b, parts, self.seen[0])
+        return reduce(and_, self.passed[index + 1 :], self.seen[index])
 
     def steps(self) -> tuple[FunnelStep, ...]:
         out = []
@@ -80,7 +82,7 @@ class Ledger:
             before, after = self.seen[i], self.seen[i + 1]
             rows_in, left = int(before.sum()), int(after.sum())
             nulls = int((before & verdict.is_null()).sum())
-            alone = int((self.others(i) & ~verdict.fill_null(False)).sum())
+            alone = int((self.others(i) & ~self.passed[i]).sum())
             out.append(FunnelStep(label, rows_in, rows_in - left, nulls, left, alone))
         return tuple(out)
 

@@ -32,6 +32,7 @@ class Table:
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self.pairs = dataset.require(PAIRS)
+        self._scans: dict[str, pl.LazyFrame] = {}
 
     @cached_property
     def score_sets(self) -> dict[str, Stage]:
@@ -107,14 +108,18 @@ class Table:
         parts = [self._pairs_frame(of_pairs)] if of_pairs or not wanted else []
         for group in self.sets_in(wanted):
             names = {c: c.rpartition(".")[2] for c in wanted if self.set_of(c) == group}
-            parts.append(
-                scan(self.score_sets[group]).select(pl.col(short).alias(full) for full, short in names.items())
-            )
+            parts.append(self._scan(self.score_sets[group]).select(pl.col(s).alias(f) for f, s in names.items()))
         frame = parts[0] if len(parts) == 1 else pl.concat(parts, how="horizontal")
         floats = [c for c in wanted if self.columns[c].is_float()]
         return frame.with_columns(pl.col(floats).fill_nan(None)) if floats else frame
 
+    def _scan(self, stage: Stage) -> pl.LazyFrame:
+        """The stage's rows; its files are listed once."""
+        if stage.path not in self._scans:
+            self._scans[stage.path] = scan(stage)
+        return self._scans[stage.path]
+
     def _pairs_frame(self, names: list[str]) -> pl.LazyFrame:
-        pairs = scan(self.pairs)
+        pairs = self._scan(self.pairs)
         derived = {n: DERIVED[n][1] for n in names if n in DERIVED and n not in pairs.collect_schema()}
         return pairs.with_columns(**derived).select(names or ["status"])

@@ -53,9 +53,23 @@ def open_parquet(folder: Folder, name: str, verify: bool = False) -> pq.ParquetF
 
 
 def parquet_footer(folder: Folder, name: str) -> dict[bytes, bytes]:
-    """Key-value metadata of a Parquet file, read from its last bytes."""
-    with open_parquet(folder, name) as file:
-        return dict(file.metadata.metadata or {})
+    """Key-value metadata of a Parquet file, read from its last bytes.
+
+    Raises PairmillError as `open_parquet` does.
+    """
+    if folder.local is None:
+        with open_parquet(folder, name) as file:
+            return dict(file.metadata.metadata or {})
+    import polars as pl  # reads a footer in a fifth of pyarrow's time, and a filter reads one for every shard
+
+    with _naming(folder, name):
+        try:
+            found = pl.read_parquet_metadata(folder.map_path(name))
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(str(error).splitlines()[0]) from None
+    metadata = {key.encode(): value.encode() for key, value in found.items()}
+    _check_known(metadata, f"{folder.url}/{name}")
+    return metadata
 
 
 def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -22,32 +22,40 @@ from shards.files import Folder
 GROUP_BYTES = 16 << 20
 BATCH_ROWS = 256
 ROW_BYTES = 256  # what a row weighs beside its image
+_NO_DICTIONARY = frozenset({"FLOAT", "DOUBLE", "FIXED_LEN_BYTE_ARRAY"})
 
 Row = Mapping[str, Any]
 
 
 def parquet_writer(stream: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
-    """Metadata in zstd; the image column raw, without dictionary or statistics (it does not compress)."""
-    leaves = _leaf_paths(schema)
-    plain = [p for p, raw in leaves if not raw]
+    """Metadata in zstd; the image column raw, without dictionary or statistics (it does not compress).
+
+    Fractions and hashes hardly repeat: a dictionary of them makes the file half as large again, and slower to read.
+    """
+    leaves = _leaf_types(schema)
+    raw = _raw_columns(schema)
+    plain = [path for path in leaves if path not in raw]
     return pq.ParquetWriter(
         stream,
         schema,
-        compression={p: "NONE" if raw else "ZSTD" for p, raw in leaves},
-        use_dictionary=plain,
+        compression={path: "NONE" if path in raw else "ZSTD" for path in leaves},
+        use_dictionary=[path for path in plain if leaves[path] not in _NO_DICTIONARY],
         write_statistics=plain,
         write_page_checksum=True,  # `check` tells a damaged page from a good one
     )
 
 
 @lru_cache(maxsize=64)
-def _leaf_paths(schema: pa.Schema) -> list[tuple[str, bool]]:
-    """Parquet's path of every leaf column, and whether it holds raw bytes."""
+def _leaf_types(schema: pa.Schema) -> dict[str, str]:
+    """Parquet's path of every leaf column and its physical type there."""
     sink = pa.BufferOutputStream()
     pq.ParquetWriter(sink, schema).close()
     leaves = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
-    raw = {f.name for f in schema if pa.types.is_large_binary(f.type)}
-    return [(p, p in raw) for p in (leaves.column(i).path for i in range(len(leaves)))]
+    return {leaf.path: leaf.physical_type for leaf in (leaves.column(i) for i in range(len(leaves)))}
+
+
+def _raw_columns(schema: pa.Schema) -> set[str]:
+    return {f.name for f in schema if pa.types.is_large_binary(f.type)}
 
 
 class PairsWriter:

@@ -131,7 +131,7 @@ class Source:
 
     def fingerprint(self) -> dict[str, Any]:
         """What of this source decides the run: selection, features and pairs, by hash."""
-        digests = "".join(self.dataset.stage(PAIRS).digest(s) for s in range(self.dataset.num_shards))
+        digests = "".join(self.dataset.stage(PAIRS).digests(range(self.dataset.num_shards)))
         out: dict[str, Any] = {
             "pairs": hashlib.blake2b(digests.encode(), digest_size=16).hexdigest(),
             "selection": self.spec.selection,
