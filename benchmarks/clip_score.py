@@ -115,7 +115,7 @@ def check_equal(ours: Sequence[float] | np.ndarray, bare: Tensor) -> None:
 
 def run(rounds: int, quick: bool) -> Result:
     """ViT-B/32, or a tiny one when quick."""
-    rows, batch, rounds = (8, 4, 1) if quick else (64, 16, rounds)
+    rows, batch, rounds = (8, 4, 1) if quick else (256, 16, rounds)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = random_clip(folder / "clip", TINY if quick else open_clip.get_model_config(MODEL))

@@ -15,7 +15,8 @@ import yaml
 from curation.filter_config import FilterConfig
 from curation.funnel import Curve, FunnelStep, Ledger, far_outside, what_if
 from curation.presets import Preset, preset
-from curation.rules import RULES, Rule
+from curation.rulebook import rule_class
+from curation.rules import Rule
 from curation.table import Table
 from schemas.config import build_config
 from schemas.errors import PairmillError, suggest
@@ -158,9 +159,7 @@ def build_rules(table: Table, items: Sequence[RuleItem], emit: Emit = silent) ->
 
 def _build(table: Table, item: RuleItem, where: str) -> Rule[Any]:
     (kind, settings), *_ = item.items()
-    if kind not in RULES:
-        raise PairmillError(f"{where}: there is no rule `{kind}`.{suggest(str(kind), [*RULES, 'preset'])}")
-    rule = RULES[kind]
+    rule = rule_class(str(kind), where)
     if not isinstance(settings, Mapping):
         if rule.shorthand is None:
             raise PairmillError(f"{where}: `{kind}` needs settings: {', '.join(rule.config_class.model_fields)}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -20,6 +21,26 @@ from shards.scan import rows_at
 
 C = TypeVar("C", bound=StageConfig)
 _HASHES = frozenset({"uid", "sha256", "stored_sha256"})  # evenly spread already
+
+
+@dataclass(frozen=True)
+class Match:
+    """A dropped row and what it was dropped for: a row of this dataset, or a pair of another one.
+
+    row      number in the dataset
+    like     number in the dataset of the row that stays in its place, or None
+    value    how like: bits that differ, or a cosine
+    other    where the pair of another dataset lies, as "NAME 0:17"
+    image    its thumbnail, JPEG bytes
+    caption  its caption
+    """
+
+    row: int
+    like: int | None = None
+    value: float | None = None
+    other: str | None = None
+    image: bytes | None = None
+    caption: str | None = None
 
 
 class Rule(ABC, Generic[C]):
@@ -39,6 +60,7 @@ class Rule(ABC, Generic[C]):
         self.columns: frozenset[str] = frozenset()
         self.thresholds: tuple[Threshold, ...] = ()
         self.rests: tuple[pl.Expr, ...] = ()  # for each threshold: whether the rest of the rule holds
+        self.matches: tuple[Match, ...] = ()  # a few dropped rows beside what they are too like, set by `mark`
         self.prepare()
 
     @abstractmethod
@@ -219,7 +241,3 @@ def _hash_shares(values: pl.Series) -> pl.Series:
 def _hash_share(value: bytes | str) -> float:
     data = value.encode() if isinstance(value, str) else value
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2.0**64
-
-
-# Name in a recipe -> rule. Other rooms of `curation/` add theirs here.
-RULES: dict[str, type[Rule[Any]]] = {r.kind: r for r in (Where, Top, Sample, Split)}

@@ -180,12 +180,15 @@ def normalise(pixels: torch.Tensor, mean: Constants, std: Constants) -> torch.Te
     pixels  [B, 3, H, W] images or [B, N, P * P * 3] patches, uint8
     ->      the same shape, float32; a pixel gets the same value in both, bit for bit
 
-    Raises ValueError for another shape.
+    Raises ValueError for another shape, or floats.
     """
+    if pixels.is_floating_point():
+        raise ValueError(f"pixels must be uint8, got {pixels.dtype}")
     images = pixels.ndim == 4 and pixels.shape[1] == 3
     if not images and (pixels.ndim != 3 or pixels.shape[2] % 3):
         raise ValueError(f"pixels must be [B, 3, H, W] or [B, N, P * P * 3], got {list(pixels.shape)}")
-    values = pixels.contiguous().float() / 255
+    # In place: fresh memory for every step costs more than the arithmetic.
+    values = pixels.contiguous().float().div_(255)
     channels = values if images else values.view(*values.shape[:-1], values.shape[-1] // 3, 3)
     shape = (3, 1, 1) if images else (3,)
     # Three separate operations: a fused multiply-add may round one layout otherwise than the other.

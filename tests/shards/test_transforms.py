@@ -110,7 +110,8 @@ def test_results_own_their_memory():
         (lambda: t.patchify(picture(8, 12), 8), "12 x 8 px cannot be cut into patches of 8 x 8"),
         (lambda: t.patchify(picture(0, 8), 8), "cannot be cut"),
         (lambda: t.unpatchify(np.zeros((6, 12), np.uint8), 2, 2, 2), "6 patches of width 12 are not 2 x 2"),
-        (lambda: t.normalise(torch.zeros(3, 4, 4), t.CLIP_MEAN, t.CLIP_STD), r"got \[3, 4, 4\]"),
+        (lambda: t.normalise(torch.zeros(3, 4, 4, dtype=torch.uint8), t.CLIP_MEAN, t.CLIP_STD), r"got \[3, 4, 4\]"),
+        (lambda: t.normalise(torch.zeros(1, 3, 4, 4), t.CLIP_MEAN, t.CLIP_STD), "must be uint8, got torch.float32"),
     ],
 )
 def test_what_cannot_be_done_says_so(call, text):
