@@ -14,6 +14,7 @@ import yaml
 
 from curation.filter_config import FilterConfig
 from curation.funnel import Curve, FunnelStep, Ledger, far_outside, what_if
+from curation.matches import put_matches
 from curation.presets import Preset, preset
 from curation.rulebook import rule_class
 from curation.rules import Rule
@@ -76,8 +77,11 @@ def make_selection(
         raise AssertionError("checked above")
     path = f"selections/{name}.parquet"
     about = _about(dataset, rules, items, start)
-    results = {"funnel": [s.as_dict() for s in result.funnel], "thresholds": _thresholds(rules, ledger)}
+    results: dict[str, Any] = {"funnel": [s.as_dict() for s in result.funnel], "thresholds": _thresholds(rules, ledger)}
     with lock(dataset.folder, f"selections/{name}"):
+        matches = put_matches(dataset, name, {label: rule.matches for label, rule in _labelled(rules, ledger)})
+        if matches is not None:
+            results["matches"] = matches
         write_selection(dataset, name, ledger.kept.to_numpy(), ledger.reasons(), about, source, results)
     return FilterResult(result.kept, result.rows, result.funnel, path)
 
@@ -282,9 +286,13 @@ def _curves(table: Table, rules: Sequence[Rule[Any]], ledger: Ledger) -> tuple[C
 
 def _thresholds(rules: Sequence[Rule[Any]], ledger: Ledger) -> list[dict[str, Any]]:
     """Every threshold with its rule's label, for the report's histograms."""
-    labels = ledger.labels[len(ledger.labels) - len(rules) :]
-    named = [(label, t) for label, rule in zip(labels, rules, strict=True) for t in rule.thresholds]
+    named = [(label, t) for label, rule in _labelled(rules, ledger) for t in rule.thresholds]
     return [{"rule": label, "column": t.column, "op": t.op, "value": t.value} for label, t in named]
+
+
+def _labelled(rules: Sequence[Rule[Any]], ledger: Ledger) -> list[tuple[str, Rule[Any]]]:
+    """Each rule with its label in the funnel."""
+    return list(zip(ledger.labels[len(ledger.labels) - len(rules) :], rules, strict=True))
 
 
 def _about(
@@ -312,3 +320,5 @@ def _check_name(name: str | None) -> None:
         raise PairmillError("Name the selection: -o NAME. Or --dry-run, which writes nothing.")
     if not _NAME.match(name):
         raise PairmillError(f"`{name}` is no name for a selection: letters, digits, `_`, `-` and `.`, at most 100.")
+    if name.endswith(".matches"):  # NAME.json would be another selection's matches
+        raise PairmillError(f"`{name}` is no name for a selection: it may not end in `.matches`.")

@@ -30,6 +30,7 @@ class Match:
     row      number in the dataset
     like     number in the dataset of the row that stays in its place, or None
     value    how like: bits that differ, or a cosine
+    group    rows in its group, the one that stays included
     other    where the pair of another dataset lies, as "NAME 0:17"
     image    its thumbnail, JPEG bytes
     caption  its caption
@@ -38,6 +39,7 @@ class Match:
     row: int
     like: int | None = None
     value: float | None = None
+    group: int | None = None
     other: str | None = None
     image: bytes | None = None
     caption: str | None = None
@@ -60,7 +62,7 @@ class Rule(ABC, Generic[C]):
         self.columns: frozenset[str] = frozenset()
         self.thresholds: tuple[Threshold, ...] = ()
         self.rests: tuple[pl.Expr, ...] = ()  # for each threshold: whether the rest of the rule holds
-        self.matches: tuple[Match, ...] = ()  # a few dropped rows beside what they are too like, set by `mark`
+        self.matches: tuple[Match, ...] = ()  # at most 40 dropped rows beside what they are too like, set by `mark`
         self.prepare()
 
     @abstractmethod
