@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.browser import Browser, find_chromium
+
 settings.register_profile("few", max_examples=25, deadline=None)
 settings.register_profile("many", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
@@ -44,3 +46,18 @@ def s3_url(s3_server: str, tmp_path, monkeypatch) -> Iterator[str]:
     yield f"s3://{bucket}/data"
     s3fs.S3FileSystem.clear_instance_cache()
     assert os.environ["AWS_ENDPOINT_URL"] == s3_server
+
+
+@pytest.fixture(scope="session")
+def _chromium_process() -> Iterator[Browser]:
+    path = find_chromium()
+    if path is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium, or set CHROMIUM to its path")
+    with Browser(path) as browser:
+        yield browser
+
+
+@pytest.fixture
+def chromium(_chromium_process: Browser) -> Browser:
+    """A headless Chromium, one process for all tests; `chromium.page()` gives a page without a past."""
+    return _chromium_process
