@@ -215,7 +215,7 @@ class Page:
         return found["result"].get("value")
 
     def wait(self, expression: str, timeout: float = TIMEOUT_S) -> Any:
-        """The expression's value as soon as it is true. Raises BrowserError with the page's errors if it stays false."""
+        """The expression's value as soon as it is true. Raises BrowserError that tells the page's errors."""
         until = time.monotonic() + timeout
         while not (value := self._settled(expression)):
             if time.monotonic() > until:
@@ -244,7 +244,8 @@ class Page:
               const e = document.querySelector({found}); e.scrollIntoView({{block: "center", behavior: "instant"}});
               const r = e.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2;
               const top = document.elementFromPoint(x, y);
-              return {{x, y, hit: top !== null && (e.contains(top) || top.contains(e)), top: top && top.outerHTML.slice(0, 120)}};
+              const hit = top !== null && (e.contains(top) || top.contains(e));
+              return {{x, y, hit, top: top && top.outerHTML.slice(0, 120)}};
             }})()"""
         )
         if not spot["hit"]:

@@ -4,7 +4,8 @@ import pytest
 
 from tests.browser import BrowserError
 
-PAGE = """<!doctype html><title>t</title><style>@media (prefers-color-scheme: dark) { body { background: #000 } }</style>
+PAGE = """<!doctype html><title>t</title>
+<style>@media (prefers-color-scheme: dark) { body { background: #000 } }</style>
 <button id="b" onclick="document.title = 'clicked'">b</button><input id="i" oninput="document.title = this.value">
 <input id="r" type="range" min="0" max="10" value="5"><p style="height: 3000px">tall</p>"""
 
