@@ -12,6 +12,7 @@ from extractors.config import ClipScoreConfig
 app = new_app()
 score = new_app(help="Score every pair; scores lie beside the pairs.")
 app.add_typer(score, name="score")
+DATASET = Annotated[str, typer.Argument(help="The dataset, a folder or URL.")]
 
 
 @score.callback()
@@ -20,11 +21,7 @@ def _score() -> None:
 
 
 @command(score, "clip", ClipScoreConfig, example="pairmill score clip DATASET --model runs/clip")
-def clip(
-    config: ClipScoreConfig,
-    common: Common,
-    dataset: Annotated[str, typer.Argument(help="The dataset, a folder or URL.")],
-) -> int:
+def clip(config: ClipScoreConfig, common: Common, dataset: DATASET) -> int:
     """Score how well caption and image go together: the raw cosine of a CLIP, and both embeddings as features."""
     from extractors.clip import score_clip
 

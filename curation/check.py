@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from schemas.events import Emit, Progress, StageFinished, StageStarted
 from schemas.features import FEATURES, SCORES
 from schemas.pairs import INPUT, PAIR_FIELDS, PAIRS, pairs_digest
 from schemas.status import NO_IMAGE, OK, STATES, STATUSES, SUCCESS
-from schemas.tables import VERSIONS, check_schema
+from schemas.tables import VERSIONS, WHOLE, check_schema
 from schemas.tasks import TASKS
 from shards.dataset import Dataset, Stage
 from shards.images import ImageError, header
@@ -83,10 +83,12 @@ def _jobs(dataset: Dataset) -> Iterator[_Job]:
     stages += [
         dataset.stage(f"{kind}/{name}") for kind in (SCORES, FEATURES, TASKS) for name in dataset.folder.folders(kind)
     ]
+    whole = cache(partial(_whole, dataset))
+    scores = partial(_check_scores, whole)
     for stage in stages:
         if stage.kind != INPUT:
             yield _Job(f"{stage.path}/sidecar.json", 0, partial(_check_sidecar, stage))
-        read = {PAIRS: _check_pairs, INPUT: _check_input, SCORES: _check_scores, FEATURES: _check_features}
+        read = {PAIRS: _check_pairs, INPUT: _check_input, SCORES: scores, FEATURES: _check_features}
         shards = sorted(stage.standing()) if stage.kind == TASKS else range(dataset.num_shards)
         for shard in shards:
             rows = dataset.manifest.shards[shard] if stage.kind == PAIRS else 0
@@ -234,7 +236,15 @@ def _unfinished(stage: Stage, shard: int) -> Finding:
     return Finding(stage.file(shard), "is not computed yet: run the command of this stage again", error=False)
 
 
-def _check_scores(stage: Stage, shard: int) -> Iterator[Finding]:
+def _whole(dataset: Dataset) -> str | None:
+    """None where a shard of pairs is missing or damaged, which is told of that shard."""
+    try:
+        return dataset.whole_digest()
+    except PairmillError:
+        return None
+
+
+def _check_scores(whole: Callable[[], str | None], stage: Stage, shard: int) -> Iterator[Finding]:
     if not _stands(stage, shard):
         yield _unfinished(stage, shard)
         return
@@ -242,6 +252,10 @@ def _check_scores(stage: Stage, shard: int) -> Iterator[Finding]:
     rows = sum(len(table) for _, table in row_groups(stage.folder, stage.file(shard), verify=True))
     yield from _check_rows(stage, shard, rows)
     yield from _stale(stage, shard)
+    made_from = stage.footer(shard).get(WHOLE)
+    if made_from is not None and whole() not in (None, made_from.decode()):
+        text = "tells of the whole dataset, which has changed since: run the command that made it again"
+        yield Finding(stage.file(shard), text, error=False)
 
 
 def _check_features(stage: Stage, shard: int) -> Iterator[Finding]:

@@ -202,9 +202,9 @@ def _require_complete(table: Table, sets: Sequence[str]) -> dict[str, Any]:
     source = made_from(dataset, list(sets))
     for name in sets:
         stage = table.score_sets[name]
-        standing = sorted(stage.standing())
-        found = dict(zip(standing, stage.digests(standing), strict=True))
-        late = [s for s, d in enumerate(source["digests"]) if found.get(s) != d]
+        standing = stage.standing()
+        stale = stage.stale({s: source["digests"][s] for s in sorted(standing)})
+        late = [s for s in range(dataset.num_shards) if s not in standing or s in stale]
         if late:
             sidecar = stage.sidecar()
             scorer = sidecar.name if sidecar else name

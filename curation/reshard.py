@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from extractors.resume import MARKS, marks_metadata, row_marks
 from schemas.pairs import carried_fields, pairs_schema
 from schemas.status import OK
-from schemas.tables import COUNTS, DIGEST
+from schemas.tables import COUNTS, DIGEST, WHOLE
 from shards.dataset import Dataset, new_manifest
 from shards.files import Folder
 from shards.hand import RowInHand
@@ -204,7 +204,7 @@ def _score_counts(table: pa.Table) -> dict[str, int]:
 
 def _bare(metadata: Mapping[bytes, bytes] | None) -> dict[bytes, bytes]:
     """Schema metadata without what the writer adds to a shard's footer."""
-    return {k: v for k, v in (metadata or {}).items() if k not in (COUNTS, DIGEST, MARKS)}
+    return {k: v for k, v in (metadata or {}).items() if k not in (COUNTS, DIGEST, WHOLE, MARKS)}
 
 
 @dataclass(frozen=True)

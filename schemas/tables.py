@@ -18,6 +18,7 @@ COUNTS = b"pairmill.counts"  # JSON: rows by status or state
 DIGEST = (
     b"pairmill.digest"  # pairs: blake2b of (status, sha256); scores, features: that of the pairs they were made from
 )
+WHOLE = b"pairmill.whole"  # scores that tell of the whole dataset: digest of the digests of all its pairs shards
 
 
 def table_schema(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from schemas.errors import PairmillError, suggest
 from schemas.sidecars import FORMAT, FORMAT_VERSION, ListSource, Manifest, Sidecar, check_same
-from schemas.tables import DIGEST
+from schemas.tables import DIGEST, WHOLE
 from shards.files import Folder, open_folder
 
 MANIFEST = "dataset.json"
@@ -99,6 +100,14 @@ class Dataset:
                     return shard, first
                 first -= rows
         raise PairmillError(f"{self.url} has no row {text}: it has {len(self):,} rows in {self.num_shards:,} shards.")
+
+    def whole_digest(self) -> str:
+        """blake2b-128 of the digests of all pairs shards: any change of a shard, and growth, changes it.
+
+        Raises PairmillError where a shard of pairs is missing.
+        """
+        digests = self.stage(PAIRS).digests(range(self.num_shards))
+        return hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
 
     def refresh(self) -> Dataset:
         """The dataset as its manifest stands now."""
@@ -201,7 +210,22 @@ class Stage:
             return standing
         pairs = self.dataset.stage(PAIRS)
         with_pairs = pairs.standing()
-        return {s for s in standing if s in with_pairs and self.digest(s) == pairs.digest(s)}
+        late = self.stale({s: pairs.digest(s) for s in sorted(standing & with_pairs)})
+        return (standing & with_pairs) - late
+
+    def stale(self, digests: Mapping[int, str]) -> set[int]:
+        """Of these shards, which stand, those that were made from other pairs.
+
+        `digests`: those of the pairs shards that stand now. Scores that tell of the whole dataset are stale when any
+        pairs shard has changed since.
+        """
+        footers = dict(zip(digests, self._footers(digests), strict=True))
+        late = {s for s, one in footers.items() if one.get(DIGEST, b"").decode() != digests[s]}
+        if any(WHOLE in one for one in footers.values()):
+            unfinished = self.dataset.stage(PAIRS).pending()
+            whole = b"" if unfinished else self.dataset.whole_digest().encode()
+            late |= {s for s, one in footers.items() if one.get(WHOLE, whole) != whole}
+        return late
 
     def pending(self, among: Sequence[int] | None = None) -> list[int]:
         """Shards that are still to do, in order."""
@@ -221,10 +245,13 @@ class Stage:
 
     def digests(self, shards: Iterable[int]) -> list[str]:
         """`digest` of each shard; on a store, where each is a request, several footers at a time."""
+        return [footer.get(DIGEST, b"").decode() for footer in self._footers(shards)]
+
+    def _footers(self, shards: Iterable[int]) -> list[dict[bytes, bytes]]:
         if self.folder.local is not None:
-            return [self.digest(shard) for shard in shards]
+            return [self.footer(shard) for shard in shards]
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(self.digest, shards))
+            return list(pool.map(self.footer, shards))
 
     def counts(self, shard: int) -> dict[str, int]:
         """Rows by status or state, as the shard's file tells them."""

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.pairs import pairs_digest
-from schemas.tables import COUNTS, DIGEST
+from schemas.tables import COUNTS, DIGEST, WHOLE
 from schemas.tensors import array_to_fixed, arrays_to_blobs, tensor_spec
 from shards.files import Folder
 
@@ -113,10 +113,11 @@ class PairsWriter:
         self.writer.close()
 
 
-def footer(counts: Mapping[str, int], digest: str | None = None) -> dict[str, str]:
-    """Footer entries of a shard: its counts and the digest of the pairs it is or was made from."""
+def footer(counts: Mapping[str, int], digest: str | None = None, whole: str | None = None) -> dict[str, str]:
+    """Footer entries of a shard: its counts, the digest of the pairs it is or was made from, that of all pairs."""
     out = {COUNTS.decode(): json.dumps(dict(sorted(counts.items())))}
-    return out if digest is None else {**out, DIGEST.decode(): digest}
+    made_from = {DIGEST.decode(): digest, WHOLE.decode(): whole}
+    return out | {key: value for key, value in made_from.items() if value is not None}
 
 
 @contextlib.contextmanager
@@ -129,13 +130,22 @@ def write_pairs(folder: Folder, name: str, schema: pa.Schema) -> Iterator[PairsW
 
 
 def write_table(
-    folder: Folder, name: str, table: pa.Table, counts: Mapping[str, int], digest: str | None = None
+    folder: Folder,
+    name: str,
+    table: pa.Table,
+    counts: Mapping[str, int],
+    digest: str | None = None,
+    whole: str | None = None,
 ) -> None:
-    """Writes an input, scores, selection or task shard: one row group."""
+    """Writes an input, scores, selection or task shard: one row group.
+
+    `whole` (`Dataset.whole_digest`) marks scores that hang on every row of the dataset: a change of any pairs shard
+    makes them count as not done.
+    """
     with folder.write(name) as stream:
         writer = parquet_writer(stream, table.schema)
         writer.write_table(table, row_group_size=max(1, len(table)))
-        writer.add_key_value_metadata(footer(counts, digest))
+        writer.add_key_value_metadata(footer(counts, digest, whole))
         writer.close()
 
 

@@ -1,0 +1,40 @@
+"""Configuration of the scorers that need no CLIP. Imports only pydantic and schemas."""
+
+from __future__ import annotations
+
+from extractors.config import NAME, ExtractorConfig
+from schemas.config import ShardStage, StageConfig, execution, identity
+
+
+class TextScoreConfig(StageConfig):
+    """`pairmill score text`. Polars uses every core of this process; there are no workers."""
+
+    name: str = execution("text", "name of the scores", pattern=NAME)
+
+
+class ImageScoreConfig(ExtractorConfig):
+    """`pairmill score image`."""
+
+    name: str = execution("image", "name of the scores", pattern=NAME)
+
+
+class HashScoreConfig(ExtractorConfig):
+    """`pairmill score hash`."""
+
+    name: str = execution("hash", "name of the scores", pattern=NAME)
+
+
+class ExprScoreConfig(StageConfig):
+    """`pairmill score expr`."""
+
+    expr: str = identity(..., "the new column's value, in Polars SQL over columns of pairs and scores")
+    column: str = identity(..., "name of the new column", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    name: str = execution("expr", "name of the scores", pattern=NAME)
+
+
+class UserScoreConfig(ShardStage):
+    """`pairmill score SCORER` of an installed package."""
+
+    name: str | None = execution(None, "name of the scores [default: the scorer's]", pattern=NAME)
+    set_: tuple[str, ...] = identity((), "KEY=VALUE, an argument of the scorer; repeatable")
+    batch_size: int = execution(32, "pairs a call", ge=1)
