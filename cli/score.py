@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Common, command, finish, new_app
+from curation.scores.config import TextScoreConfig
 from extractors.config import ClipScoreConfig
 
 app = new_app()
@@ -27,3 +28,12 @@ def clip(config: ClipScoreConfig, common: Common, dataset: DATASET) -> int:
 
     with common.drawer() as emit:
         return finish(score_clip(dataset, config, emit))
+
+
+@command(score, "text", TextScoreConfig, example="pairmill score text DATASET")
+def text(config: TextScoreConfig, common: Common, dataset: DATASET) -> int:
+    """Count each caption's characters, words and repetitions, and how often the dataset has it."""
+    from curation.scores.text import score_text
+
+    with common.drawer() as emit:
+        return finish(score_text(dataset, config, emit))

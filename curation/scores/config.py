@@ -7,9 +7,10 @@ from schemas.config import ShardStage, StageConfig, execution, identity
 
 
 class TextScoreConfig(StageConfig):
-    """`pairmill score text`. Polars uses every core of this process; there are no workers."""
+    """`pairmill score text`. Its workers share a file of this machine, so that there is no `scheduler`."""
 
     name: str = execution("text", "name of the scores", pattern=NAME)
+    workers: int | None = execution(None, "worker processes; 0 runs in this process [default: the cores]", ge=0)
 
 
 class ImageScoreConfig(ExtractorConfig):
