@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Common, command, finish, new_app
-from curation.scores.config import TextScoreConfig
+from curation.scores.config import LanguageScoreConfig, TextScoreConfig
 from extractors.config import ClipScoreConfig
 
 app = new_app()
@@ -37,3 +37,12 @@ def text(config: TextScoreConfig, common: Common, dataset: DATASET) -> int:
 
     with common.drawer() as emit:
         return finish(score_text(dataset, config, emit))
+
+
+@command(score, "language", LanguageScoreConfig, example="pairmill score language DATASET")
+def language(config: LanguageScoreConfig, common: Common, dataset: DATASET) -> int:
+    """Tell which language each caption is written in, and how sure the model is."""
+    from curation.scores.language import score_language
+
+    with common.drawer() as emit:
+        return finish(score_language(dataset, config, emit))

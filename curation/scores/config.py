@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from extractors.config import NAME, ExtractorConfig
 from schemas.config import ShardStage, StageConfig, execution, identity
 
@@ -31,6 +33,15 @@ class ExprScoreConfig(StageConfig):
     expr: str = identity(..., "the new column's value, in Polars SQL over columns of pairs and scores")
     column: str = identity(..., "name of the new column", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     name: str = execution("expr", "name of the scores", pattern=NAME)
+
+
+class LanguageScoreConfig(ShardStage):
+    """`pairmill score language`. What the model is is identity by its hash; where it lies is not."""
+
+    name: str = execution("language", "name of the scores", pattern=NAME)
+    weights: Path | None = execution(
+        None, "a fastText language model, such as lid.176.bin [default: lid.176.ftz, which comes along]"
+    )
 
 
 class UserScoreConfig(ShardStage):
