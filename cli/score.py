@@ -46,3 +46,21 @@ def language(config: LanguageScoreConfig, common: Common, dataset: DATASET) -> i
 
     with common.drawer() as emit:
         return finish(score_language(dataset, config, emit))
+
+
+@command(score, "image", ImageScoreConfig, example="pairmill score image DATASET")
+def image(config: ImageScoreConfig, common: Common, dataset: DATASET) -> int:
+    """Measure each image: aspect, light, contrast, sharpness, entropy, colours."""
+    from curation.scores.image import score_image
+
+    with common.drawer() as emit:
+        return finish(score_image(dataset, config, emit))
+
+
+@command(score, "hash", HashScoreConfig, example="pairmill score hash DATASET")
+def hash_(config: HashScoreConfig, common: Common, dataset: DATASET) -> int:
+    """Hash each image: pHash and dHash, which near copies share, and a hash of its very pixels."""
+    from curation.scores.hashes import score_hash
+
+    with common.drawer() as emit:
+        return finish(score_hash(dataset, config, emit))

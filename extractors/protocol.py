@@ -20,7 +20,8 @@ class Preparer(Protocol):
     """What runs in the decode threads. Without a device that is all: the item is the row."""
 
     def prepare(self, rgb: np.ndarray, row: Row) -> Item:
-        """One image, uint8 [H, W, 3], and the pair's columns that the loader asked for.
+        """One image, uint8 [H, W, 3], and the pair's columns that the loader asked for, with `image_bytes` beside:
+        how large the stored file is.
 
         Raises ImageError for an image that cannot be computed: its status becomes the row's state.
         """
@@ -57,6 +58,9 @@ class Loader(Protocol):
     provenance     column -> what it is, for the sidecar
     bytes_per_row  estimate for the disk check
     cpu_batch      rows a batch on CPU; 0: `prepare` alone makes the row, there is no device
+
+    A loader may have `at_least`, px: JPEGs of which at least so much of the shorter side is left may come reduced by
+    2, 4 or 8, which is cheaper. Without it pixels are those of the stored image.
     """
 
     @property

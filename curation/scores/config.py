@@ -44,6 +44,29 @@ class LanguageScoreConfig(ShardStage):
     )
 
 
+class HeadScoreConfig(ShardStage):
+    """A head on stored CLIP embeddings. What head and CLIP are is identity by their hashes; names are not."""
+
+    weights: Path = execution(..., "the head's file: safetensors, or a torch file")
+    features: str = execution("clip", "features that hold the embeddings, in column clip_image", pattern=NAME)
+    made_for: str | None = execution(
+        None,
+        "the CLIP the head was made for, as the features name it, or its sha256 [default: known by width and name]",
+    )
+
+
+class AestheticScoreConfig(HeadScoreConfig):
+    """`pairmill score aesthetic`."""
+
+    name: str = execution("aesthetic", "name of the scores", pattern=NAME)
+
+
+class SafetyScoreConfig(HeadScoreConfig):
+    """`pairmill score safety`."""
+
+    name: str = execution("safety", "name of the scores", pattern=NAME)
+
+
 class UserScoreConfig(ShardStage):
     """`pairmill score SCORER` of an installed package."""
 
