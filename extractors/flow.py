@@ -145,7 +145,9 @@ class ShardRun:
         number, row = numbered
         try:
             with self.hand.hold(number):
-                rgb = decode_rgb(row.pop("image"))
+                data = row.pop("image")
+                rgb = decode_rgb(data, at_least=getattr(self.work.loader, "at_least", None))
+                row["image_bytes"] = len(data)
                 return number, {"state": OK, **self.extractor.prepare(rgb, row)}
         except ImageError as error:
             return number, {"state": error.status}
