@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from cli.options import Common, command, finish, new_app
-from curation.maintenance_config import ExportConfig, ExportDatasetConfig, ImportConfig, MergeConfig
+from curation.maintenance_config import (
+    ArrowExportConfig,
+    ExportConfig,
+    ExportDatasetConfig,
+    HuggingFaceImportConfig,
+    ImportConfig,
+    MergeConfig,
+)
 
 app = new_app()
 export = new_app()
@@ -35,7 +42,18 @@ FORMATS = {
         "Import a folder of images with .txt or .json beside them, or a metadata.csv, .jsonl or .parquet.",
         "Copy pairs into a folder of images with metadata.jsonl, as Hugging Face's ImageFolder reads it.",
     ),
+    "huggingface": (
+        "Import Hugging Face Parquet: a column of images (bytes and path), captions and columns beside it.",
+        "Copy pairs into Hugging Face Parquet, data/train-00000-of-00005.parquet, which `datasets` loads as it is.",
+    ),
+    "arrow": (
+        "Import pair files of ViLT, METER or VLMo: coco, f30k, conceptual, sbu, vg and wikibk .arrow files.",
+        "Copy pairs into .arrow files under the names that ViLT, METER and VLMo look for.",
+    ),
 }
+# Where a format has options of its own.
+IMPORT_CONFIGS: dict[str, type[ImportConfig]] = {"huggingface": HuggingFaceImportConfig}
+EXPORT_CONFIGS: dict[str, type[ExportConfig]] = {"arrow": ArrowExportConfig}
 
 
 @importer.callback()
@@ -85,10 +103,9 @@ def _register(name: str, import_help: str, export_help: str) -> None:
             return finish(export_pairs(name, dataset, output, config, emit))
 
     import_format.__doc__, export_format.__doc__ = import_help, export_help
-    command(importer, name, ImportConfig, example=f"pairmill import {name} PATH -o DATASET")(import_format)
-    command(export, name, ExportConfig, example=f"pairmill export {name} DATASET --selection best -o PATH")(
-        export_format
-    )
+    reads, writes = IMPORT_CONFIGS.get(name, ImportConfig), EXPORT_CONFIGS.get(name, ExportConfig)
+    command(importer, name, reads, example=f"pairmill import {name} PATH -o DATASET")(import_format)
+    command(export, name, writes, example=f"pairmill export {name} DATASET --selection best -o PATH")(export_format)
 
 
 for _name, _helps in FORMATS.items():

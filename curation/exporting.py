@@ -1,7 +1,7 @@
 """Copies of pairs for other tools: the engine cuts kept successes into files, a format writes each.
 
 File k holds kept successes k * shard_rows to (k + 1) * shard_rows: a killed export goes on and ends with equal bytes.
-`pairmill.json` tells what the folder was made from; `README.md`, the dataset card, is written last.
+`PAIRMILL` tells what the folder was made from; `README.md`, the dataset card, is written last.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from shards.dataset import PAIRS, Dataset
 from shards.files import Folder, open_folder
 from shards.reader import read_table
 
-MARK = "pairmill.json"
+# No `.json`: img2dataset takes every .json of its folder for the statistics of a shard, datasets for data.
+MARK = "PAIRMILL"
 
 
 class Writer(Protocol):
@@ -41,6 +42,18 @@ class Writer(Protocol):
 
     def finish(self, folder: Folder, sizes: Sequence[int]) -> None:
         """Writes what tells of all files. `sizes` are their samples."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Files that one writer writes, and the rows they hold; `notes` are told to the user.
+
+    A format whose files are not simply `shard_rows` rows each offers `jobs(part, config)`.
+    """
+
+    writer: Writer
+    plan: Plan
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,35 +75,44 @@ def export_pairs(
     """
     start = time.monotonic()
     source = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
-    writer: Writer = load_format(format).Writer()
+    module = load_format(format)
     part = Successes(source, config.selection)
-    plan = make_plan([part], config.shard_rows)
-    if not plan.rows:
+    jobs: list[Job] = module.jobs(part, config) if hasattr(module, "jobs") else [job(module.Writer(), part, config)]
+    rows = sum(one.plan.rows for one in jobs)
+    if not rows:
         raise PairmillError(f"{source.url}: no pair with an image is kept. Nothing written.")
     folder = open_folder(output)
-    sizes = plan.sizes()
     _begin(folder, {"format": format, **config.identity_fields(), "source": origin(part)})
-    left = [n for n in range(len(sizes)) if not writer.stands(folder, n)]
-    emit(StageStarted("export", len(left), len(sizes) - len(left), sum(sizes[n] for n in left)))
-    for number in left:
+    files = [(one, n, size) for one in jobs for n, size in enumerate(one.plan.sizes())]
+    left = [(one, n, size) for one, n, size in files if not one.writer.stands(folder, n)]
+    emit(StageStarted("export", len(left), len(files) - len(left), sum(size for _, _, size in left)))
+    for one, number, size in left:
         began = time.monotonic()
-        writer.write(folder, number, _rows(plan, number))
-        emit(ShardDone("export", number, sizes[number], time.monotonic() - began, {SUCCESS: sizes[number]}))
-    writer.finish(folder, sizes)
-    write_card(folder, part, plan.rows, format)
-    without = sum(Part(source, config.selection).counts()) - plan.rows
-    if without:
-        emit(Notice(f"{without} kept rows have no image and were left out."))
-    finished = StageFinished("export", len(left), (), time.monotonic() - start, {SUCCESS: plan.rows})
+        one.writer.write(folder, number, _rows(one.plan, number))
+        emit(ShardDone("export", number, size, time.monotonic() - began, {SUCCESS: size}))
+    for one in jobs:
+        one.writer.finish(folder, one.plan.sizes())
+    write_card(folder, part, rows, format)
+    without = sum(Part(source, config.selection).counts()) - rows
+    notes = [f"{without} kept rows have no image and were left out."] if without else []
+    for note in (*notes, *(note for one in jobs for note in one.notes)):
+        emit(Notice(note))
+    finished = StageFinished("export", len(left), (), time.monotonic() - start, {SUCCESS: rows})
     emit(finished)
     return finished
+
+
+def job(writer: Writer, part: Part, config: ExportConfig) -> Job:
+    """Files of `shard_rows` rows each."""
+    return Job(writer, make_plan([part], config.shard_rows))
 
 
 def _begin(folder: Folder, mark: dict[str, Any]) -> None:
     """Marks a new folder, or checks that the one that stands was begun by the same export."""
     text = (json.dumps(mark, indent=1, sort_keys=True) + "\n").encode()
-    for name in folder.left_over(""):
-        folder.remove(name)
+    for inside in ("", *folder.folders("")):
+        for name in folder.left_over(inside):
+            folder.remove(f"{inside}/{name}" if inside else name)
     if folder.exists(MARK):
         if folder.read_bytes(MARK) != text:
             raise PairmillError(f"{folder.url} holds another export. Nothing written. Choose another place with -o.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,13 @@ FORMATS = {
     "webdataset": "curation.formats.webdataset",
     "img2dataset": "curation.formats.img2dataset",
     "folder": "curation.formats.folder",
+    "huggingface": "curation.formats.huggingface",
+    "arrow": "curation.formats.vilt_arrow",
+    "albef": "curation.formats.albef",
+    "llava": "curation.formats.llava",
+    "csv": "curation.formats.clip_csv",
+    "coco": "curation.formats.coco",
+    "text": "curation.formats.text",
 }
 LOOKED_AT = 1000  # samples from which the types of carried columns are learnt
 
@@ -232,6 +240,8 @@ def _looked_at(sample: Sample, config: ImportConfig) -> dict[str, Any]:
         data = sample.image()
     except FileNotFoundError:
         return {"status": "missing_file", "error": _short(f"missing_file: {sample.where}")}
+    except (pa.ArrowException, tarfile.TarError, EOFError) as error:
+        raise PairmillError(f"{sample.where} is damaged: {error}. Take its file out of the input.") from None
     if len(data) > config.max_bytes:
         return {"status": "too_large", "error": f"too_large: {len(data)} bytes, at most {config.max_bytes} are taken"}
     digest = hashlib.sha256(data).digest()

@@ -45,11 +45,43 @@ class ImportConfig(StageConfig):
     max_pixels: PositiveInt = identity(64 * 1024 * 1024, "largest image taken, px")
 
 
+class ImagesImportConfig(ImportConfig):
+    """How pairs whose images are named in a list become a dataset."""
+
+    images: tuple[str, ...] = execution(
+        (), "folder of the images, may be repeated: tried in order [default: beside the list]"
+    )
+
+
+class CsvImportConfig(ImagesImportConfig):
+    """How a csv of image names and captions becomes a dataset."""
+
+    image_key: str | None = identity(None, "column of the image's name [default: filepath, or a usual name]")
+
+
 class ExportConfig(StageConfig):
     """Which pairs are copied into another tool's format."""
 
     selection: str | None = identity(None, "copy what this selection keeps [default: every success]")
     shard_rows: PositiveInt = identity(SHARD_ROWS, "samples a file")
+
+
+class HuggingFaceImportConfig(ImportConfig):
+    """How Hugging Face Parquet becomes a dataset."""
+
+    image_key: str | None = identity(None, "column of the image [default: the one of type Image]")
+
+
+class ArrowExportConfig(ExportConfig):
+    """Under which of their names pairs are written for ViLT, METER and VLMo."""
+
+    layout: Literal["conceptual", "coco", "f30k", "sbu", "vg", "wikibk"] = identity(
+        "conceptual", "the data set whose file names and columns are used"
+    )
+    split: str | None = identity(
+        None, "split of every pair, such as train or val [default: the column `split`, else train]"
+    )
+    shard_rows: PositiveInt = identity(100_000, "samples a file, where the names allow several")
 
 
 class ExportDatasetConfig(ShardStage):

@@ -1,7 +1,9 @@
 """Folders of images: captions in `.txt`/`.json` beside each, or in metadata.csv, .jsonl or .parquet (HF ImageFolder).
 
 Where a folder has a metadata file, its rows come first, in their order; other images follow, sorted by name. Written:
-folders `NNNNN/` of images, each with its `metadata.jsonl`, which Hugging Face's `imagefolder` loads as it is.
+folders `NNNNN/` of images and one `metadata.jsonl`, which Hugging Face's `imagefolder` loads as it is. It takes the
+columns and their types from the first rows of one metadata file, and several files in any order: so there is one, and
+every line has every column.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ from curation.formats.samples import (
 from curation.formats.webdataset import sample_key
 from curation.maintenance_config import ImportConfig
 from schemas.errors import PairmillError
+from schemas.pairs import RESERVED
 from shards.files import Folder
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _BESIDE = ("txt", "json")
+_ALL = "metadata.jsonl"
+_NULLABLE = ("input_uid", "url", "sha256")
 
 
 def sources(paths: Sequence[str]) -> list[Source]:
@@ -130,18 +135,36 @@ def _load(url: str, most: int) -> bytes:
 
 
 class Writer:
-    """Writes folders of images, each with its `metadata.jsonl` last."""
+    """Writes folders of images; their lines lie in `NNNNN.jsonl` until all are there, then in `metadata.jsonl`."""
 
     def stands(self, folder: Folder, number: int) -> bool:
-        return folder.exists(f"{number:05d}/metadata.jsonl")
+        return folder.exists(_ALL) or folder.exists(_lines(number))
 
     def write(self, folder: Folder, number: int, rows: Iterable[Mapping[str, Any]]) -> None:
         lines = []
         for index, row in enumerate(rows):
-            name = f"{sample_key(number, index)}.{SUFFIX_OF.get(row['format'], row['format'])}"
-            folder.write_bytes(f"{number:05d}/{name}", row["image"])
-            lines.append(to_json({"file_name": name, **pair_values(row)}))
-        folder.write_bytes(f"{number:05d}/metadata.jsonl", b"".join(line + b"\n" for line in lines))
+            name = f"{number:05d}/{sample_key(number, index)}.{SUFFIX_OF.get(row['format'], row['format'])}"
+            folder.write_bytes(name, row["image"])
+            lines.append(to_json({"file_name": name, **_every_column(row)}))
+        folder.write_bytes(_lines(number), b"".join(line + b"\n" for line in lines))
 
     def finish(self, folder: Folder, sizes: Sequence[int]) -> None:
-        """Every folder tells of itself."""
+        if not folder.exists(_ALL):
+            with folder.write(_ALL) as stream:
+                for number in range(len(sizes)):
+                    stream.write(folder.read_bytes(_lines(number)))
+        for number in range(len(sizes)):
+            if folder.exists(_lines(number)):
+                folder.remove(_lines(number))
+
+
+def _lines(number: int) -> str:
+    return f"{number:05d}.jsonl"
+
+
+def _every_column(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair's values, null where it has none; `captions` is a list in every line."""
+    values = pair_values(row)
+    names = [n for n in row if n not in RESERVED]
+    captions = [] if row["caption"] is None else [row["caption"]]
+    return {**dict.fromkeys([*_NULLABLE, *names]), "captions": captions, **values}

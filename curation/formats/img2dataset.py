@@ -18,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation.exporting import Job, job
 from curation.formats.samples import (
     IMAGE_SUFFIXES,
     SUFFIX_OF,
@@ -28,8 +29,9 @@ from curation.formats.samples import (
     pair_values,
     to_json,
 )
-from curation.formats.webdataset import add_member, groups, load, sample_key
-from curation.maintenance_config import ImportConfig
+from curation.formats.webdataset import add_member, groups, load
+from curation.maintenance_config import ExportConfig, ImportConfig
+from curation.reshard import Part
 from schemas.errors import PairmillError
 from schemas.status import SUCCESS
 from shards.files import Folder
@@ -175,8 +177,20 @@ def status_of(status: str, message: str) -> tuple[str, int | None]:
     return "protocol_error", None
 
 
+def jobs(part: Part, config: ExportConfig) -> list[Job]:
+    """Files of `shard_rows` rows, with the keys that it gives in shards of that many."""
+    return [job(Writer(config.shard_rows), part, config)]
+
+
 class Writer:
     """Writes its webdataset layout: tar, Parquet and `_stats.json`, by which it knows that a shard is done."""
+
+    def __init__(self, shard_rows: int) -> None:
+        self.digits = len(str(shard_rows - 1)) if shard_rows > 1 else 0
+
+    def key(self, number: int, index: int) -> str:
+        """10^digits * shard + row, five digits wider than `digits`: its `compute_key`."""
+        return f"{number:05d}{index:0{self.digits}d}" if self.digits else f"{number:05d}"
 
     def stands(self, folder: Folder, number: int) -> bool:
         return folder.exists(f"{number:05d}_stats.json")
@@ -186,7 +200,7 @@ class Writer:
         with folder.write(f"{number:05d}.tar") as stream:
             with tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
                 for index, row in enumerate(rows):
-                    metas.append(_add(tar, sample_key(number, index), row))
+                    metas.append(_add(tar, self.key(number, index), row))
         with folder.write(f"{number:05d}.parquet") as stream:
             pq.write_table(pa.Table.from_pylist(_even(metas)), stream, row_group_size=100)
         counts = {"count": len(metas), "successes": len(metas), "failed_to_download": 0, "failed_to_resize": 0}

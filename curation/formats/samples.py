@@ -15,6 +15,7 @@ import fsspec
 from curation.maintenance_config import ImportConfig
 from schemas.errors import PairmillError
 from schemas.pairs import RESERVED
+from shards.files import is_temporary
 
 # Suffix -> kind, the likeliest first. The kind of a pair is decided by its bytes.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
@@ -95,7 +96,7 @@ def _files(path: str, wanted: Callable[[str], bool]) -> Iterator[Source]:
             names = [base] if fs.exists(base) else []
         for name in names:
             short = PurePosixPath(name).relative_to(base).as_posix() if name != base else PurePosixPath(name).name
-            if wanted(short):
+            if wanted(short) and not is_temporary(PurePosixPath(name).name):
                 yield Source(fs.unstrip_protocol(name), short, int(fs.size(name)))
 
 
@@ -142,6 +143,16 @@ def describe(sample: Sample, values: Mapping[str, Any], config: ImportConfig) ->
     sample.original = (_side(values.get("original_width")), _side(values.get("original_height")))
     used = {*_OURS, *(config.caption_key or CAPTION_KEYS), config.uid_key or "uid"}
     sample.carried = {clean(k): v for k, v in values.items() if k not in used}
+    return sample
+
+
+def restore(sample: Sample, values: Mapping[str, Any], captions: list[str]) -> Sample:
+    """Fills a sample from what `pair_values` gave: whatever is not ours is a carried column, whatever its name."""
+    sample.captions = [clean(text) for text in captions]
+    sample.url, sample.uid, sample.input_uid = (_text(values.get(name)) for name in ("url", "uid", "input_uid"))
+    sample.sha256 = _digest(values.get("sha256"))
+    sample.original = (_side(values.get("original_width")), _side(values.get("original_height")))
+    sample.carried = {clean(k): v for k, v in values.items() if k not in RESERVED}
     return sample
 
 

@@ -16,7 +16,7 @@ from curation.exporting import export_pairs
 from curation.formats.img2dataset import status_of
 from curation.formats.samples import find_files, safe_name, to_json
 from curation.importing import import_pairs
-from curation.maintenance_config import ExportConfig, ImportConfig
+from curation.maintenance_config import ArrowExportConfig, ExportConfig, ImportConfig
 from schemas.errors import PairmillError
 from schemas.events import Notice, silent
 from schemas.status import STATUSES
@@ -25,9 +25,14 @@ from tests.atomicity import assert_atomic, tree
 from tests.curation.samples import all_rows, select, whole_dataset
 from tests.make import encode, make_dataset, picture
 
-FORMATS = ("webdataset", "img2dataset", "folder")
+FORMATS = ("webdataset", "img2dataset", "folder", "huggingface", "arrow")
 SAME = ("uid", "url", "caption", "captions", "image", "format", "width", "height", "original_width")
 SAME += ("original_height", "sha256", "stored_sha256", "status")
+
+
+def export_config(format: str, **options) -> ExportConfig:
+    """As the command builds it; `arrow` under names that make few files."""
+    return ArrowExportConfig(layout="f30k", **options) if format == "arrow" else ExportConfig(**options)
 
 
 def take(format: str, place, output, **options) -> list[dict]:
@@ -50,7 +55,7 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("selection", [None, "best"])
 def test_export_then_import_gives_the_same_pairs(source, tmp_path, format, selection):
-    config = ExportConfig(selection=selection, shard_rows=4)
+    config = export_config(format, selection=selection, shard_rows=4)
     export_pairs(format, source.url, tmp_path / "out", config, silent)
     back = take(format, tmp_path / "out", tmp_path / "back", shard_rows=3)
     kept = [0, 4, 5, 6, 9] if selection else [0, 2, 3, 4, 5, 6, 7, 9, 10, 11]
@@ -64,11 +69,13 @@ def test_export_then_import_gives_the_same_pairs(source, tmp_path, format, selec
 @pytest.mark.parametrize("format", FORMATS)
 def test_equal_datasets_give_equal_exports(source, tmp_path, format):
     for name in ("a", "b"):
-        export_pairs(format, source, tmp_path / name, ExportConfig(shard_rows=4), silent)
+        export_pairs(format, source, tmp_path / name, export_config(format, shard_rows=4), silent)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("0000*")}
-    assert export_pairs(format, source, tmp_path / "a", ExportConfig(shard_rows=4), silent).done == 0
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("0000*")} == before
+    files = [p for p in (tmp_path / "a").rglob("*.*") if p.name != "README.md" and p.name != "sizes.json"]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    assert len(before) >= 3
+    assert export_pairs(format, source, tmp_path / "a", export_config(format, shard_rows=4), silent).done == 0
+    assert {p: p.stat().st_mtime_ns for p in files} == before
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -78,15 +85,15 @@ def test_ended_at_any_call_a_rerun_completes_it(tmp_path, format, every):
     make_dataset(start / "d", shards=1, rows=3)
 
     def run(root):
-        export_pairs(format, root / "d", root / "out", ExportConfig(shard_rows=2), silent)
+        export_pairs(format, root / "d", root / "out", export_config(format, shard_rows=2), silent)
         import_pairs(format, [str(root / "out")], root / "back", ImportConfig(shard_rows=2), silent)
 
-    assert assert_atomic(lambda: (start, run), tmp_path, every=every) >= 30
+    assert assert_atomic(lambda: (start, run), tmp_path, every=every) >= 25
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_card_tells_sources_filters_and_licences(source, tmp_path, format):
-    export_pairs(format, source, tmp_path / "out", ExportConfig(selection="best"), silent)
+    export_pairs(format, source, tmp_path / "out", export_config(format, selection="best"), silent)
     card = (tmp_path / "out/README.md").read_text()
     assert "5 pairs of 12 rows" in card
     assert "| timeout | 1 |" in card
