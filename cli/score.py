@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Common, command, finish, new_app
-from curation.scores.config import LanguageScoreConfig, TextScoreConfig
+from curation.scores.config import AestheticScoreConfig, LanguageScoreConfig, SafetyScoreConfig, TextScoreConfig
 from extractors.config import ClipScoreConfig
 
 app = new_app()
@@ -64,3 +64,21 @@ def hash_(config: HashScoreConfig, common: Common, dataset: DATASET) -> int:
 
     with common.drawer() as emit:
         return finish(score_hash(dataset, config, emit))
+
+
+@command(score, "aesthetic", AestheticScoreConfig, example="pairmill score aesthetic DATASET --weights linearMSE.pth")
+def aesthetic(config: AestheticScoreConfig, common: Common, dataset: DATASET) -> int:
+    """Rate how pleasing each image is, about 1 to 10, by a LAION head on the stored CLIP embeddings."""
+    from curation.scores.embeddings import score_aesthetic
+
+    with common.drawer() as emit:
+        return finish(score_aesthetic(dataset, config, emit))
+
+
+@command(score, "safety", SafetyScoreConfig, example="pairmill score safety DATASET --weights nsfw_head.pth")
+def safety(config: SafetyScoreConfig, common: Common, dataset: DATASET) -> int:
+    """Tell how likely each image is unsafe, 0 to 1, by a LAION head on the stored CLIP embeddings."""
+    from curation.scores.embeddings import score_safety
+
+    with common.drawer() as emit:
+        return finish(score_safety(dataset, config, emit))

@@ -73,6 +73,14 @@ def pixel_sha256(rgb: np.ndarray) -> bytes:
     return digest.digest()
 
 
+IDENTITY: dict[str, Any] = {"luma": "pillow L", "resample": "pillow lanczos", "decimals": DECIMALS}
+PROVENANCE: dict[str, dict[str, Any]] = {
+    "phash": {"what": "pHash-64 of the decoded image", "scale": "64 bits; compare by the bits that differ"},
+    "dhash": {"what": "dHash-64 of the decoded image", "scale": "64 bits; compare by the bits that differ"},
+    "pixel_sha256": {"what": "sha256 of the decoded pixels as a binary PPM file", "scale": "equal or not"},
+}
+
+
 class HashScorer(PixelScorer):
     """The columns of `scores/hash`."""
 
@@ -83,12 +91,8 @@ class HashScorer(PixelScorer):
         pa.field("pixel_sha256", pa.binary(32)),
         pa.field("hash_state", pa.string()),
     )
-    identity: dict[str, Any] = {"luma": "pillow L", "resample": "pillow lanczos", "decimals": DECIMALS}
-    provenance: dict[str, dict[str, Any]] = {
-        "phash": {"what": "pHash-64 of the decoded image", "scale": "64 bits; compare by the bits that differ"},
-        "dhash": {"what": "dHash-64 of the decoded image", "scale": "64 bits; compare by the bits that differ"},
-        "pixel_sha256": {"what": "sha256 of the decoded pixels as a binary PPM file", "scale": "equal or not"},
-    }
+    identity = IDENTITY
+    provenance = PROVENANCE
 
     @property
     def versions(self) -> dict[str, str]:

@@ -75,6 +75,25 @@ def is_grey(pixels: np.ndarray) -> bool:
     return all(cv2.norm(one, other, cv2.NORM_INF) <= GREY for one, other in pairs)
 
 
+IDENTITY: dict[str, Any] = {"side": SIDE, "grid": GRID, "levels": LEVELS, "grey": GREY}
+PROVENANCE: dict[str, dict[str, Any]] = {
+    "aspect": {"what": "width over height of the stored image, upright", "scale": "above 1 is wider than high"},
+    "bytes_per_pixel": {"what": "size of the stored file over its pixels", "scale": "bytes"},
+    "mean": {"what": "mean luma", "scale": "0 to 255"},
+    "contrast": {"what": "standard deviation of luma", "scale": "0 to 127.5"},
+    "sharpness": {
+        "what": f"variance of the Laplacian of luma, smoothed by 1 2 1, at {SIDE} x {SIDE} px",
+        "scale": "from 0; compare images of one dataset with each other",
+    },
+    "entropy": {"what": f"of luma's levels, on a grid of {GRID} x {GRID} px", "scale": "0 to 8 bits"},
+    "dominant_share": {
+        "what": f"share of the fullest of {LEVELS}^3 boxes of colours, same grid",
+        "scale": "0 to 1",
+    },
+    "is_grey": {"what": f"channels of every pixel of the grid within {GREY}"},
+}
+
+
 class ImageScorer(PixelScorer):
     """The columns of `scores/image`."""
 
@@ -91,23 +110,8 @@ class ImageScorer(PixelScorer):
         pa.field("is_grey", pa.bool_()),
         pa.field("image_state", pa.string()),
     )
-    identity: dict[str, Any] = {"side": SIDE, "grid": GRID, "levels": LEVELS, "grey": GREY}
-    provenance: dict[str, dict[str, Any]] = {
-        "aspect": {"what": "width over height of the stored image, upright", "scale": "above 1 is wider than high"},
-        "bytes_per_pixel": {"what": "size of the stored file over its pixels", "scale": "bytes"},
-        "mean": {"what": "mean luma", "scale": "0 to 255"},
-        "contrast": {"what": "standard deviation of luma", "scale": "0 to 127.5"},
-        "sharpness": {
-            "what": f"variance of the Laplacian of luma, smoothed by 1 2 1, at {SIDE} x {SIDE} px",
-            "scale": "from 0; compare images of one dataset with each other",
-        },
-        "entropy": {"what": f"of luma's levels, on a grid of {GRID} x {GRID} px", "scale": "0 to 8 bits"},
-        "dominant_share": {
-            "what": f"share of the fullest of {LEVELS}^3 boxes of colours, same grid",
-            "scale": "0 to 1",
-        },
-        "is_grey": {"what": f"channels of every pixel of the grid within {GREY}"},
-    }
+    identity = IDENTITY
+    provenance = PROVENANCE
 
     at_least = SIDE
 
