@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from cli.options import Common, command, finish, new_app
-from curation.scores.config import AestheticScoreConfig, LanguageScoreConfig, SafetyScoreConfig, TextScoreConfig
+from curation.scores.config import (
+    AestheticScoreConfig,
+    ExprScoreConfig,
+    HashScoreConfig,
+    ImageScoreConfig,
+    LanguageScoreConfig,
+    SafetyScoreConfig,
+    TextScoreConfig,
+)
 from extractors.config import ClipScoreConfig
 
 app = new_app()
@@ -82,3 +90,20 @@ def safety(config: SafetyScoreConfig, common: Common, dataset: DATASET) -> int:
 
     with common.drawer() as emit:
         return finish(score_safety(dataset, config, emit))
+
+
+@command(
+    score,
+    "expr",
+    ExprScoreConfig,
+    example='pairmill score expr DATASET --expr "clip_score / aspect" --column clip_by_aspect',
+)
+def expr(config: ExprScoreConfig, common: Common, dataset: DATASET) -> int:
+    """Compute a new column from columns that stand, by an expression as in `pairmill filter --where`.
+
+    An aggregate, such as avg(clip_score), is that of the whole dataset.
+    """
+    from curation.scores.expr import score_expr
+
+    with common.drawer() as emit:
+        return finish(score_expr(dataset, config, emit))
