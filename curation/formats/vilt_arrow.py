@@ -9,6 +9,7 @@ others: an export writes every name, empty where no row falls there. What the co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,6 +54,9 @@ def sources(paths: Sequence[str]) -> list[Source]:
     found = [s for path in paths for s in sorted(find_files([path], _wanted, ".arrow file"), key=_natural)]
     if not any(_is_arrow(s) for s in found):
         raise PairmillError(f"{', '.join(paths)}: no .arrow file there.")
+    for source in filter(_is_arrow, found):
+        with _naming(source), source.open() as stream, pa.ipc.open_file(stream) as reader:
+            _check_columns(reader.schema, source)
     stems = {_stem(s) for s in found if _is_arrow(s)}
     found = [s for s in found if _is_arrow(s) or _stem(s) in stems]
     known = {s.url for s in found}
@@ -95,19 +99,24 @@ def read(sources: Sequence[Source], config: ImportConfig) -> Iterator[Sample]:
     beside = {_stem(s): s for s in sources if not _is_arrow(s)}
     for source in sources:
         if _is_arrow(source):
-            try:
+            with _naming(source):
                 yield from _read_file(source, beside.get(_stem(source)), config)
-            except (pa.ArrowException, OSError) as error:
-                text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise PairmillError(
-                    f"{source.url} is damaged, or no Arrow IPC file: {text}. "
-                    "Take it out of the input, or fetch it again."
-                ) from None
+
+
+@contextlib.contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """Turns what Arrow says of a damaged file into a PairmillError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PairmillError(
+            f"{source.url} is damaged, or no Arrow IPC file: {text}. Take it out of the input, or fetch it again."
+        ) from None
 
 
 def _read_file(source: Source, beside: Source | None, config: ImportConfig) -> Iterator[Sample]:
     with pa.memory_map(_local(source)) as stream, pa.ipc.open_file(stream) as reader:
-        _check_columns(reader.schema, source)
         told = _told_beside(beside) if beside is not None else None
         first = 0
         for number in range(reader.num_record_batches):
