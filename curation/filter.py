@@ -25,7 +25,7 @@ from schemas.events import Emit, Notice, silent
 from schemas.status import NO_IMAGE, SUCCESS
 from shards.dataset import Dataset
 from shards.locks import lock
-from shards.select import made_from, read_selection, selection_about, write_selection
+from shards.select import feature_fingerprints, made_from, read_selection, selection_about, write_selection
 
 MAX_RECIPE_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")
@@ -96,7 +96,10 @@ def apply_rules(
     table = Table(dataset)
     rules = build_rules(table, items, emit)
     columns = frozenset({"status"}).union(*(r.columns for r in rules))
-    source = _require_complete(table, table.sets_in(columns))
+    source = require_complete(table, table.sets_in(columns))
+    features = frozenset[str]().union(*(r.features for r in rules))
+    if features:
+        source["features"] = feature_fingerprints(dataset, features)
     ledger = _run(table, rules, columns, start, source, emit)
     return table, rules, ledger, source
 
@@ -187,7 +190,7 @@ def _check_needs(table: Table, name: str, known: Preset, emit: Emit) -> None:
         emit(Notice(f"Preset {name} leaves out: {known.lacks}."))
 
 
-def _require_complete(table: Table, sets: Sequence[str]) -> dict[str, Any]:
+def require_complete(table: Table, sets: Sequence[str]) -> dict[str, Any]:
     """What the selection is made from.
 
     Raises PairmillError where shards of pairs or of a score set are missing or older than their pairs.
@@ -241,11 +244,13 @@ def _run(
     successes = ledger.kept
     if start is not None:
         base = read_selection(table.dataset, start)
-        source["scores"] = {**base.about["made_from"]["scores"], **source["scores"]}
+        for kind in ("scores", "features"):
+            source[kind] = {**base.about["made_from"].get(kind, {}), **source.get(kind, {})}
         ledger.add(f"from {start}", pl.Series(base.keep))
     for i, rule in enumerate(rules):
         prefix = f"{i}:"
         mine = values.select(pl.col(c).alias(c.removeprefix(prefix)) for c in values.columns if c.startswith(prefix))
+        rule.emit = emit
         ledger.add(rule.label, rule.mark(mine, ledger.kept, successes))
     return ledger
 

@@ -13,6 +13,7 @@ RULES: dict[str, str] = {
     "top": "curation.rules:Top",
     "sample": "curation.rules:Sample",
     "split": "curation.rules:Split",
+    "dedup_semantic": "curation.dedup_semantic:DedupSemantic",
 }
 
 

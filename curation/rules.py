@@ -17,6 +17,7 @@ from curation.filter_config import SampleConfig, SplitConfig, TopConfig, WhereCo
 from curation.table import Table
 from schemas.config import StageConfig
 from schemas.errors import PairmillError
+from schemas.events import Emit, silent
 from shards.scan import rows_at
 
 C = TypeVar("C", bound=StageConfig)
@@ -62,6 +63,8 @@ class Rule(ABC, Generic[C]):
         self.columns: frozenset[str] = frozenset()
         self.thresholds: tuple[Threshold, ...] = ()
         self.rests: tuple[pl.Expr, ...] = ()  # for each threshold: whether the rest of the rule holds
+        self.features: frozenset[str] = frozenset()  # feature sets that `mark` reads
+        self.emit: Emit = silent  # set before `mark`, for what takes minutes
         self.matches: tuple[Match, ...] = ()  # at most 40 dropped rows beside what they are too like, set by `mark`
         self.prepare()
 

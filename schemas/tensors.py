@@ -101,20 +101,25 @@ def from_blob(field: pa.Field, column: pa.Array, at: int, shapes: Mapping[str, i
     return np.frombuffer(buffer, dtype=dtype).reshape(dims)
 
 
+def fixed_view(column: pa.Array) -> np.ndarray:
+    """A fixed-tensor column as fp16 [rows, dim] in place; a null row holds anything."""
+    dim = column.type.shape[0]
+    storage = column.storage
+    values = storage.values.to_numpy(zero_copy_only=True)
+    start = storage.offset * dim
+    return values[start : start + len(storage) * dim].reshape(len(storage), dim)
+
+
 def fixed_to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A fixed-tensor column as fp16 [rows, dim]; null rows are NaN."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     if isinstance(column, pa.ChunkedArray):  # no rows
         return np.empty((0, column.type.shape[0]), np.float16)
-    dim = column.type.shape[0]
-    storage = column.storage
-    values = storage.values.to_numpy(zero_copy_only=True)
-    start = storage.offset * dim
-    out = values[start : start + len(storage) * dim].reshape(len(storage), dim)
-    if storage.null_count:
+    out = fixed_view(column)
+    if column.storage.null_count:
         out = out.copy()
-        out[np.asarray(storage.is_null())] = np.nan
+        out[np.asarray(column.storage.is_null())] = np.nan
     return out
 
 

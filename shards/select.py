@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,11 @@ def made_from(dataset: Dataset, score_sets: list[str]) -> dict[str, Any]:
     scores = {name: dataset.require(f"scores/{name}") for name in sorted(score_sets)}
     fingerprints = {n: s.sidecar().fingerprint for n, s in scores.items()}  # type: ignore[union-attr]
     return {"digests": pairs.digests(range(dataset.num_shards)), "scores": fingerprints}
+
+
+def feature_fingerprints(dataset: Dataset, names: Iterable[str]) -> dict[str, str]:
+    """Fingerprint of each feature set, for `made_from` of a selection whose rules read it."""
+    return {n: dataset.require(f"features/{n}").sidecar().fingerprint for n in sorted(names)}  # type: ignore[union-attr]
 
 
 def write_selection(
@@ -127,7 +132,8 @@ def _check_fresh(dataset: Dataset, name: str, source: Mapping[str, Any]) -> None
         raise PairmillError(
             f"Selection `{name}` was made before the pairs of shard {changed[0]} changed (retry or remove). {again}"
         )
-    for scores, fingerprint in source["scores"].items():
-        sidecar = dataset.stage(f"scores/{scores}").sidecar()
-        if sidecar is None or sidecar.fingerprint != fingerprint:
-            raise PairmillError(f"Selection `{name}` was made from other scores/{scores} than stand now. {again}")
+    for kind in ("scores", "features"):
+        for one, fingerprint in source.get(kind, {}).items():
+            sidecar = dataset.stage(f"{kind}/{one}").sidecar()
+            if sidecar is None or sidecar.fingerprint != fingerprint:
+                raise PairmillError(f"Selection `{name}` was made from other {kind}/{one} than stand now. {again}")
