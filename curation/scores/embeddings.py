@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,12 +21,11 @@ from schemas.errors import PairmillError
 from schemas.events import Emit, Notice, StageFinished, silent
 from schemas.features import FEATURES, SCORES, VERSION, scores_schema
 from schemas.sidecars import Sidecar, make_sidecar
-from schemas.tables import EMBEDDINGS
 from shards.dataset import PAIRS, Dataset, Stage
 from shards.files import hash_file
 from shards.hand import RowInHand
 from shards.parallel import run_stage
-from shards.reader import MappedShard
+from shards.reader import MappedShard, read_table
 from shards.weights import checkpoint_file
 from shards.writer import write_table
 
@@ -75,7 +73,7 @@ def score_embeddings(
     if not ready:
         raise PairmillError(f"{where} has no finished shard. Run `pairmill score clip` again, it goes on.")
     done = stage.done()
-    pending = [s for s in sorted(ready) if s not in done or stage.footer(s).get(EMBEDDINGS) != work.made_from(s)]
+    pending = [s for s in sorted(ready) if s not in done or work.late(s)]
     late = sorted(set(range(dataset.num_shards)) - ready)
     if late:
         emit(Notice(f"{where}: {len(late)} shards are not computed yet: run `pairmill score clip` first.", True))
@@ -148,9 +146,7 @@ class EmbeddingWork:
         states = mapped.states()
         values = self.head()(torch.from_numpy(np.ascontiguousarray(vectors))).numpy()
         null = np.isnan(vectors[:, 0])
-        fields = [pa.field(self.column, pa.float32()), pa.field(state_column(self.column), pa.string())]
-        schema = scores_schema(fields)
-        schema = schema.with_metadata({**(schema.metadata or {}), EMBEDDINGS: self.made_from(shard)})
+        schema = scores_schema([pa.field(self.column, pa.float32()), pa.field(state_column(self.column), pa.string())])
         table = pa.table([pa.array(values, mask=null), pa.array(states)], schema=schema)
         counts = Counter(states)
         write_table(self.scores.folder, self.scores.file(shard), table, counts, self.features.digest(shard))
@@ -159,13 +155,11 @@ class EmbeddingWork:
     def head(self) -> Head:
         return _head(self.weights, self.kind, self.sha256)
 
-    def made_from(self, shard: int) -> bytes:
-        """What the shard's scores hang on beside the head and the CLIP: its pairs, and which rows are computed."""
+    def late(self, shard: int) -> bool:
+        """Whether rows of other states stand than the embeddings have: pairs are the same, more may be computed."""
         mapped = MappedShard(self.features.folder, self.features.file(shard))
-        digest = hashlib.blake2b(self.features.digest(shard).encode(), digest_size=16)
-        for batch in mapped.batches:
-            digest.update("\n".join(batch.column("state").to_pylist()).encode() + b"\n")
-        return digest.hexdigest().encode()
+        table = read_table(self.scores.folder, self.scores.file(shard), [state_column(self.column)])
+        return bool(table[0].to_pylist() != mapped.states())
 
 
 @lru_cache(maxsize=2)

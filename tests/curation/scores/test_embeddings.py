@@ -1,4 +1,4 @@
-"""`score aesthetic` and `score safety` on stored embeddings: alignment, states, resuming, the CLIP they are made for."""
+"""`score aesthetic` and `score safety`: alignment, states, resuming, and the CLIP that a head is made for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from curation.export import export_dataset
+from curation.filter import filter_dataset
+from curation.filter_config import FilterConfig
 from curation.maintenance_config import ExportDatasetConfig
 from curation.scores.config import AestheticScoreConfig, SafetyScoreConfig
 from curation.scores.embeddings import score_aesthetic, score_safety
@@ -20,9 +22,9 @@ from schemas.events import Notice, StageFinished, silent
 from schemas.sidecars import Sidecar
 from shards.dataset import Dataset
 from shards.reader import MappedShard, read_table
-from tests.curation.samples import all_rows
-from tests.curation.scores.head_files import save_head
+from tests.curation.samples import all_rows, whole_dataset
 from tests.curation.scored import write_scores
+from tests.curation.scores.head_files import save_head
 from tests.extractors.tiny_clip import save_clip
 from tests.make import make_dataset
 
@@ -120,9 +122,6 @@ def test_workers_give_the_same_bytes(embedded: Dataset, weights: Path):
 
 def test_skipped_embeddings_are_skipped_until_they_are_computed(dataset: Dataset, clip_folder: Path, weights: Path):
     write_scores(dataset, "size", {"size": [float(i) for i in range(12)]})
-    from curation.filter import filter_dataset
-    from curation.filter_config import FilterConfig
-
     filter_dataset(dataset, FilterConfig(output="few", where=("size >= 8",)), silent)
     clip(dataset, clip_folder, selection="few")
     run(dataset, weights)
@@ -152,19 +151,17 @@ def test_an_exported_copy_keeps_its_scores(embedded: Dataset, weights: Path, tmp
     export_dataset(embedded, tmp_path / "copy", ExportDatasetConfig(workers=0, shard_rows=5), silent)
     copy = Dataset.open(tmp_path / "copy")
     assert all_rows(copy, "scores/aesthetic") == all_rows(embedded, "scores/aesthetic")
-    run(copy, weights)
+    assert run(copy, weights).done == 0
     assert all_rows(copy, "scores/aesthetic") == all_rows(embedded, "scores/aesthetic")
 
 
 def test_without_embeddings_the_command_is_named(dataset: Dataset, weights: Path):
-    with pytest.raises(PairmillError, match="has no features/clip.*run `pairmill score clip` first"):
+    with pytest.raises(PairmillError, match=r"has no features/clip.*run `pairmill score clip` first"):
         run(dataset, weights)
     assert dataset.folder.folders("scores") == []
 
 
 def test_features_that_are_no_clip_embeddings_are_refused(tmp_path: Path, weights: Path):
-    from tests.curation.samples import whole_dataset
-
     dataset = whole_dataset(tmp_path / "whole")
     with pytest.raises(PairmillError, match="does not tell which CLIP made it"):
         run(dataset, weights, features="vector")
@@ -194,7 +191,7 @@ def test_embeddings_of_another_model_need_another_name(embedded: Dataset, weight
     run(embedded, weights)
     save_clip(tmp_path / "tiny", seed=5)
     clip(embedded, tmp_path / "tiny", name="five")
-    with pytest.raises(PairmillError, match="`embeddings` was.*--name"):
+    with pytest.raises(PairmillError, match=r"`embeddings` was.*--name"):
         run(embedded, weights, features="five")
 
 
