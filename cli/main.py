@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("cli.curate", "Write one HTML page that shows what is in a dataset."),
     "show": ("cli.inspect", "Show rows in the terminal, or as a contact sheet."),
     "history": ("cli.inspect", "Tell every stage: settings, versions, counts, seconds."),
+    "browse": ("cli.browse", "Look through a dataset in a local page: search, slide, select."),
     "check": ("cli.inspect", "Read a dataset back: hashes, alignment, schemas."),
     "export": ("cli.formats", "Copy pairs into another tool's format."),
     "merge": ("cli.formats", "Join datasets into a new one."),

@@ -18,7 +18,7 @@ from schemas.tensors import tensor_spec
 from shards.dataset import PAIRS, Dataset, Stage
 from shards.files import atomic_file
 from shards.images import ImageError, decode_rgb
-from shards.reader import MappedShard, read_table, row_groups
+from shards.reader import MappedShard, group_rows, read_table, row_groups
 from shards.select import read_selection
 
 At = tuple[int, int]  # (shard, row)
@@ -103,8 +103,10 @@ def _read(dataset: Dataset, places: Sequence[At], reasons: dict[At, str | None])
 
 
 def _pairs(dataset: Dataset, shard: int, rows: list[int]) -> dict[int, dict[str, Any]]:
-    out = {}
-    for start, table in row_groups(dataset.folder, dataset.stage(PAIRS).file(shard)):
+    out, name = {}, dataset.stage(PAIRS).file(shard)
+    ends = np.cumsum(group_rows(dataset.folder, name))
+    groups = np.unique(np.searchsorted(ends, rows, side="right")).tolist()
+    for start, table in row_groups(dataset.folder, name, groups=groups):
         inside = [r for r in rows if start <= r < start + len(table)]
         for row, pair in zip(inside, table.take([r - start for r in inside]).to_pylist(), strict=True):
             out[row] = pair

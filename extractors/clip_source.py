@@ -99,6 +99,24 @@ def find_clip(model: str, pretrained: str | None) -> ClipSource:
     return _from_name(model, pretrained)
 
 
+def cached_clip(label: str, sha256: str) -> ClipSource | None:
+    """The CLIP that a sidecar names, where open_clip has its weights in its cache already; else None.
+
+    label   ClipSource.label: NAME TAG. A run or a file is known by a name only, not by its place: None
+    sha256  of the weights. Nothing is fetched.
+    """
+    name, _, tag = label.partition(" ")
+    if tag not in open_clip.list_pretrained_tags_by_model(name):
+        return None
+    cfg = get_pretrained_cfg(name, tag)
+    try:
+        weights = _cached(cfg)
+    except FileNotFoundError:
+        return None
+    source = _source(name, label, weights, open_clip.get_model_config(name), cfg)
+    return source if source.sha256 == sha256 else None
+
+
 def _checkpoint_folder(path: Path) -> Path:
     """A folder with CONFIG: this one, or a run's best, else last checkpoint."""
     if (path / CONFIG).is_file():

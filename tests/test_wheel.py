@@ -46,6 +46,11 @@ def test_every_module_and_data_file_is_in_it(names):
         "extractors/regions/tiny.safetensors",
         "extractors/regions/tiny.json",
         "curation/templates/report.html",
+        "cli/web/browse.html",
+        "cli/web/browse.css",
+        "cli/web/browse.js",
+        "cli/web/icon.svg",
+        "cli/web/broken.svg",
     ],
 )
 def test_data(names, name):
