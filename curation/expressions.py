@@ -142,6 +142,20 @@ def compile_value(text: str, table: Table) -> Compiled:
     return Compiled(text, value.fill_nan(None), columns, column=column)
 
 
+def compile_column(text: str, table: Table) -> Compiled:
+    """`text` as a number, text or truth value for each row; null where it is null or NaN.
+
+    Raises PairmillError as `compile_predicate` does, and for values of another kind.
+    """
+    expr, columns = _parse(text, table)
+    kind = _type(expr, table.frame(columns), text)
+    if isinstance(kind, pl.Decimal):
+        expr, kind = expr.cast(pl.Float64), pl.Float64()
+    if not (kind.is_numeric() or kind in (pl.Boolean, pl.String)):
+        raise PairmillError(f"`{text}` gives {kind}, a score is a number, a text, or true or false. Cast it.")
+    return Compiled(text, expr.fill_nan(None) if kind.is_float() else expr, columns)
+
+
 def _parse(text: str, table: Table) -> tuple[pl.Expr, frozenset[str]]:
     columns: set[str] = set()
     sql = "".join(_rewrite(text, table, columns))
