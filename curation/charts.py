@@ -81,20 +81,29 @@ def histogram_svg(
     wide, most = (high - low) or 1.0, max(counts, default=0) or 1
     bar = _WIDTH / max(1, len(counts))
 
+    whole_numbers = all((e - 0.5).is_integer() for e in map(float, edges))
+
     def bars(values: Sequence[int], kind: str) -> Iterable[str]:
         for i, n in enumerate(values):
             if n:
                 tall = max(1.0, n / most * (base - top))
-                title = f"{number(edges[i])} to {number(edges[i + 1])}: {n:,}" + (" kept" if kind == "kept" else "")
-                x, thick = i * bar + 0.4, max(0.5, bar - 0.8)
+                gap = 0.4 if bar < 30 else 3.0
+                x, thick = i * bar + gap, max(0.5, bar - 2 * gap)
+                title = ""
+                if kind == "all":
+                    told = f"{_span(edges[i], edges[i + 1], whole_numbers)}: {n:,} rows"
+                    told += f", {kept[i]:,} kept" if kept else ""
+                    title = f"<title>{escape(told)}</title>"
                 yield (
                     f'<rect class="{kind}" x="{x:.2f}" y="{base - tall:.2f}" width="{thick:.2f}" '
-                    f'height="{tall:.2f}"><title>{escape(title)}</title></rect>'
+                    f'height="{tall:.2f}">{title}</rect>'
                 )
 
     body = [*bars(counts, "all"), *bars(kept or (), "kept")]
     body.append(f'<line class="axis" x1="0" y1="{base}" x2="{_WIDTH:g}" y2="{base}"/>')
     for value in ticks(low, high):
+        if whole_numbers and not float(value).is_integer():
+            continue
         x = (value - low) / wide * _WIDTH
         anchor = "start" if x < 14 else "end" if x > _WIDTH - 14 else "middle"
         body.append(_text(x, base + 15, number(value), anchor))
@@ -108,18 +117,28 @@ def histogram_svg(
     return _svg(height, body, label or "histogram")
 
 
+def _span(low: float, high: float, whole_numbers: bool) -> str:
+    """What a bin holds: `3`, `3 to 5` of whole numbers, else its edges."""
+    if not whole_numbers:
+        return f"{number(low)} to {number(high)}"
+    first, last = int(low + 0.5), int(high - 0.5)
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+
+
 def line_chart_svg(
     curves: Mapping[str, Sequence[Point]],
     x_label: str = "",
     y_label: str = "",
     marks: Sequence[tuple[float, str]] = (),
     from_zero: bool = True,
+    width: float = 520.0,
 ) -> str:
     """Lines over a common x, a legend below; `marks` are (x, text), a dashed line each.
 
-    Points whose y is not finite are left out.
+    Points whose y is not finite are left out. The chart is half as high as it is `width`.
     """
-    width, height, left, base, top = 520.0, 260.0, 52.0, 204.0, 22.0
+    height, left, top = width / 2, 46.0, 22.0
+    base = height - 56
     clean = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in curves.items()
     }
@@ -154,6 +173,70 @@ def line_chart_svg(
         return chart
     keys = "".join(f'<span><i class="key series{i % 6}"></i>{escape(name)}</span>' for i, name in enumerate(clean))
     return f'{chart}<p class="legend">{keys}</p>'
+
+
+def size_map_svg(
+    edges: Sequence[float],
+    cells: Sequence[Sequence[int]],
+    columns: tuple[str, str] = ("width", "height"),
+    thresholds: Mapping[str, Sequence[float]] | None = None,
+) -> str:
+    """Images by width (to the right) and height (up), both in ratio: the darker a cell, the more images.
+
+    edges       of the cells, px, rising, the same for both sides
+    cells       (column, row, rows, kept or None)
+    thresholds  px by column: a line each
+    """
+    if not cells:
+        return ""
+    left, side, top = 40.0, 300.0, 8.0
+    base, count = top + side, len(edges) - 1
+    cell, most = side / count, math.log1p(max(c[2] for c in cells))
+    first, span = math.log2(edges[0]), math.log2(edges[-1] / edges[0])
+
+    def place(px: float) -> float:
+        return (math.log2(px) - first) / span * side
+
+    body = [f'<rect class="ground" x="{left}" y="{top}" width="{side}" height="{side}"/>']
+    for x, y, rows, kept in cells:
+        spans = " × ".join(f"{edges[i]:.0f}–{edges[i + 1]:.0f}" for i in (x, y))
+        told = f"{spans} px: {rows:,} images" + ("" if kept is None else f", {kept:,} kept")
+        body.append(
+            f'<rect class="cell" x="{left + x * cell:.1f}" y="{base - (y + 1) * cell:.1f}" width="{cell:.2f}" '
+            f'height="{cell:.2f}" fill-opacity="{0.14 + 0.86 * math.log1p(rows) / most:.2f}">'
+            f"<title>{escape(told)}</title></rect>"
+        )
+    body.append(f'<line class="diagonal" x1="{left}" y1="{base}" x2="{left + side}" y2="{top}"/>')
+    marks = [16 << i for i in range(12) if edges[0] <= 16 << i <= edges[-1]]
+    marks = marks if len(marks) > 1 else [round(edges[0]), round(edges[-1])]
+    for px in marks:
+        at = min(max(place(px), 0.0), side)
+        body.append(_text(left + at, base + 15, f"{px:,}"))
+        body.append(_text(left - 6, base - at + 4, f"{px:,}", "end"))
+    for name, values in (thresholds or {}).items():
+        for px in (v for v in values if edges[0] < v < edges[-1] and name in columns):
+            at = place(px)
+            x1, y1, x2, y2 = (left + at, top, left + at, base)
+            if name == columns[1]:
+                x1, y1, x2, y2 = (left, base - at, left + side, base - at)
+            body.append(f'<line class="threshold" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+    body.append(_text(left + side / 2, base + 31, "width, px", kind="label"))
+    return _svg(base + 36, body, "images by width and height", left + side + 10)
+
+
+def two_bars_html(items: Sequence[tuple[str, int, int | None]], whole: int) -> str:
+    """Horizontal bars of (name, rows, of them kept): the kept part dark in the bar of all."""
+    most = max((n for _, n, _ in items), default=0) or 1
+    rows = []
+    for name, n, kept in items:
+        inner = "" if kept is None else f'<i class="kept" style="width:{100 * kept / max(1, n):.2f}%"></i>'
+        told = f"{n:,} rows" + ("" if kept is None else f", {kept:,} kept")
+        rows.append(
+            f'<div class="bar-name">{escape(name)}</div>'
+            f'<div class="bar" title="{escape(told)}"><i class="all" style="width:{max(0.4, 100 * n / most):.2f}%">'
+            f'{inner}</i></div><div class="bar-number">{number(n)} <small>{share(n, whole)}</small></div>'
+        )
+    return f'<div class="bars">{"".join(rows)}</div>'
 
 
 def bars_html(

@@ -99,3 +99,4 @@ class ReportConfig(StageConfig):
     selection: str | None = execution(None, "selection to draw over the histograms [default: the first by name]")
     thumbnails: int = execution(200, "most pictures in the page", ge=0, le=200)
     seed: int = execution(0, "which rows the pictures show")
+    run: tuple[str, ...] = execution((), "also show this run of `pairmill train`, or each in this folder (repeatable)")

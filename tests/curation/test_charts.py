@@ -84,3 +84,37 @@ def test_funnel_and_bars_escape_their_words_and_keep_proportion():
     assert "10 of them for a missing value" in html
     assert "40 by this rule alone" in html
     assert charts.funnel_html([]) == ""
+
+
+def test_bins_of_whole_numbers_are_told_as_such():
+    svg = charts.histogram_svg([0.5, 1.5, 2.5], [3, 1], [1, 0])
+    assert [t.text for t in parse(svg).iter() if t.tag == "title"] == ["1: 3 rows, 1 kept", "2: 1 rows, 0 kept"]
+    wide = charts.histogram_svg([0.5, 3.5], [3])
+    assert "1 to 3: 3 rows" in wide
+    assert {e.text for e in find(svg, "tick")} == {"1", "2"}
+
+
+@given(data=st.data(), count=st.integers(1, 26))
+def test_any_map_of_sizes_is_inside_its_frame(data, count):
+    edges = [2 ** (3 + i / 4) for i in range(count + 1)]
+    cell = st.tuples(
+        st.integers(0, count - 1), st.integers(0, count - 1), st.integers(1, 10**9), st.none() | st.just(0)
+    )
+    cells = data.draw(st.lists(cell, min_size=1, max_size=30))
+    svg = charts.size_map_svg(edges, cells, thresholds={"width": [9, 10**6], "height": [9]})
+    shapes = find(svg, "cell")
+    assert len(shapes) == len(cells)
+    for e in shapes:
+        assert 40 - 0.1 <= float(e.get("x")) <= 340
+        assert 8 - 0.1 <= float(e.get("y")) <= 308
+        assert 0 < float(e.get("fill-opacity")) <= 1
+    assert len(find(svg, "threshold")) == (2 if edges[-1] > 9 else 0)
+    assert charts.size_map_svg([], []) == ""
+
+
+def test_bars_of_kept_parts_escape_and_keep_proportion():
+    html = charts.two_bars_html([("<b>", 4, 1), ("x", 2, None)], 8)
+    assert "<b>" not in html
+    widths = [e.get("style") for e in parse(html).iter() if e.tag == "i"]
+    assert widths == ["width:100.00%", "width:25.00%", "width:50.00%"]
+    assert "50\u00a0%" in html

@@ -81,9 +81,9 @@ def test_the_numbers_are_those_of_the_dataset(dataset):
     text, _, numbers = read(dataset)
     assert numbers["totals"] == {"rows": 36, "images": 33, "text_only": 0, "failed": 3, "shards": 3}
     assert numbers["causes"] == [
-        {"cause": "success", "rows": 33},
-        {"cause": "timeout", "rows": 2},
-        {"cause": "not_image", "rows": 1},
+        {"cause": "success", "rows": 33, "error": None},
+        {"cause": "timeout", "rows": 2, "error": "test: timeout"},
+        {"cause": "not_image", "rows": 1, "error": "test: not_image"},
     ]
     assert numbers["hosts"] == [{"host": "example.com", "rows": 36, "ok": 33, "failure": "timeout"}]
     (selection,) = numbers["selections"]
@@ -94,7 +94,10 @@ def test_the_numbers_are_those_of_the_dataset(dataset):
     assert by_title["width"]["maximum"] == 100
     assert sum(by_title["caption characters"]["counts"]) == 35
     assert "clip_score &gt;= 0.1" in text
-    assert text.count('class="threshold"') == 2
+    assert text.count('class="threshold"') == 4  # each beside its rule, both over the column
+    assert (clip["cut"], clip["edges"][0], clip["edges"][-1]) == (False, 0, pytest.approx(0.35))
+    (size,) = numbers["sizes"]
+    assert (size["rows"], sum(c[2] for c in size["cells"]), sum(c[3] for c in size["cells"])) == (33, 33, 10)
 
 
 def test_the_printed_recipe_repeats_the_selection(dataset, tmp_path):
@@ -119,14 +122,17 @@ def test_pictures_are_of_the_right_rows_and_small(dataset):
     assert 0 < len(images) <= len(shown) <= 200
     for p in shown:
         number = p["shard"] * ROWS + p["row"]
-        assert p["value"] == pytest.approx(number / 100)
-        assert p["box"].startswith("kept") == (number >= 15)
+        assert p["value"] == (None if p["kind"] == "any" else pytest.approx(number / 100))
+        assert (p["box"] == "kept" or p["kind"] in ("best", "kept")) == (number >= 15)
         assert (p["shard"], p["row"]) not in FAIL
-    nearest = [p["value"] for p in shown if not p["box"].startswith("kept")][:3]
-    assert nearest == pytest.approx([0.14, 0.13, 0.12])
+    values = {k: [p["value"] for p in shown if p["kind"] == k] for k in ("best", "kept", "nearest", "farthest")}
+    assert values["best"] == pytest.approx([0.35, 0.34, 0.33, 0.32, 0.31, 0.30])
+    assert values["kept"] == pytest.approx([0.21, 0.20, 0.19, 0.18, 0.17, 0.16])  # 0.15 timed out
+    assert values["nearest"] == pytest.approx([0.14, 0.13, 0.12, 0.11, 0.10, 0.09])
+    assert values["farthest"] == pytest.approx([0.06, 0.05, 0.04, 0.03, 0.02, 0.0])  # 0.01 timed out
     for source in images:
         picture = Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1])))
-        assert (picture.format, max(picture.size) <= 144) == ("JPEG", True)
+        assert (picture.format, max(picture.size) <= 176) == ("JPEG", True)
     holes = sum((p["shard"], p["row"]) == (0, 2) for p in shown)  # stored bytes that do not decode
     assert page.text.count("no picture") == holes
 
@@ -179,7 +185,7 @@ def test_half_finished_scores_are_drawn_as_far_as_they_go(dataset):
     report(dataset, ReportConfig())
     text, _, numbers = read(dataset)
     late = next(h for h in numbers["histograms"] if h["title"] == "late.late")
-    assert (late["rows"], late["kept"]) == (24, None)
+    assert (late["rows"], late["kept"], late["shards"]) == (24, None, 2)
     assert "2 of 3 shards done" in text
 
 
@@ -192,7 +198,8 @@ def test_a_stale_selection_is_told_not_drawn(dataset):
     assert [e.warning for e in seen if isinstance(e, Notice)] == [True]
     text, _, numbers = read(dataset)
     assert "made from other scores/clip" in text
-    assert (numbers["drawn"], numbers["pictures"]) == (None, {})
+    assert numbers["drawn"] is None
+    assert {p["box"] for p in numbers["pictures"][""]} == {"rows"}  # any rows, none said to be kept
     with pytest.raises(PairmillError, match="made from other scores"):
         report(dataset, ReportConfig(selection="old"))
 
