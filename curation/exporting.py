@@ -19,7 +19,7 @@ from curation.card import write_card
 from curation.export import origin
 from curation.importing import load_format
 from curation.maintenance_config import ExportConfig
-from curation.reshard import Part, Plan, make_plan, taken
+from curation.reshard import Part, Plan, forget_selections, make_plan, taken
 from schemas.errors import PairmillError
 from schemas.events import Emit, Notice, ShardDone, StageFinished, StageStarted
 from schemas.status import SUCCESS
@@ -76,6 +76,7 @@ def export_pairs(
     start = time.monotonic()
     source = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
     module = load_format(format)
+    forget_selections()
     part = Successes(source, config.selection)
     jobs: list[Job] = module.jobs(part, config) if hasattr(module, "jobs") else [job(module.Writer(), part, config)]
     rows = sum(one.plan.rows for one in jobs)
