@@ -94,7 +94,7 @@ def finish(result: StageFinished) -> int:
     return 1
 
 
-_SHORT = {"output": ("-o", "--output"), "from_": ("--from",)}
+_SHORT = {"output": ("-o", "--output"), "from_": ("--from",), "set_": ("--set",)}
 
 
 def _parameter(name: str, field: FieldInfo, partial: bool) -> inspect.Parameter:

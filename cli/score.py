@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cli.options import Common, command, finish, new_app
 from curation.scores.config import (
@@ -15,11 +16,38 @@ from curation.scores.config import (
     LanguageScoreConfig,
     SafetyScoreConfig,
     TextScoreConfig,
+    UserScoreConfig,
 )
 from extractors.config import ClipScoreConfig
 
+
+class Scorers(TyperGroup):
+    """Our scorers, and those of installed packages by their entry points, which are looked up only when asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from curation.scores.entry_points import scorers
+
+        own = super().list_commands(ctx)
+        return [*own, *(name for name in scorers() if name not in own)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        from curation.scores.entry_points import scorers
+
+        own = super().get_command(ctx, cmd_name)
+        if own is not None or cmd_name not in scorers():
+            return own
+        return user_command(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if self.get_command(ctx, args[0]) is None:
+            from curation.scores.entry_points import find_scorer
+
+            find_scorer(args[0], super().list_commands(ctx))
+        return super().resolve_command(ctx, args)
+
+
 app = new_app()
-score = new_app(help="Score every pair; scores lie beside the pairs.")
+score = new_app(help="Score every pair; scores lie beside the pairs.", cls=Scorers)
 app.add_typer(score, name="score")
 DATASET = Annotated[str, typer.Argument(help="The dataset, a folder or URL.")]
 
@@ -107,3 +135,22 @@ def expr(config: ExprScoreConfig, common: Common, dataset: DATASET) -> int:
 
     with common.drawer() as emit:
         return finish(score_expr(dataset, config, emit))
+
+
+def user_command(name: str) -> Any:
+    """The command of an installed package's scorer. Its code is loaded when it runs, not for the help."""
+    from curation.scores.entry_points import find_scorer, package_of
+
+    point = find_scorer(name)
+    single = new_app()
+
+    @command(single, name, UserScoreConfig, example=f"pairmill score {name} DATASET")
+    def run(config: UserScoreConfig, common: Common, dataset: DATASET) -> int:
+        from curation.scores.user import score_user
+
+        with common.drawer() as emit:
+            return finish(score_user(dataset, name, config, emit))
+
+    found = typer.main.get_command(single)
+    found.help = f"{package_of(point)}: {point.value}\n\nExample: pairmill score {name} DATASET"
+    return found
