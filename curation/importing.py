@@ -240,8 +240,9 @@ def _looked_at(sample: Sample, config: ImportConfig) -> dict[str, Any]:
         data = sample.image()
     except FileNotFoundError:
         return {"status": "missing_file", "error": _short(f"missing_file: {sample.where}")}
-    except (pa.ArrowException, tarfile.TarError, EOFError) as error:
-        raise PairmillError(f"{sample.where} is damaged: {error}. Take its file out of the input.") from None
+    except (pa.ArrowException, tarfile.TarError, EOFError, OSError) as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PairmillError(f"{sample.where} is damaged: {text}. Take its file out of the input.") from None
     if len(data) > config.max_bytes:
         return {"status": "too_large", "error": f"too_large: {len(data)} bytes, at most {config.max_bytes} are taken"}
     digest = hashlib.sha256(data).digest()

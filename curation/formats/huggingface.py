@@ -162,7 +162,9 @@ class _Images:
             self._first = self._next = 0
             self._batches = self.file.iter_batches(_READ_ROWS, row_groups=[self.group], columns=[self.column])
         while self._next <= row:
-            self._batch = next(self._batches)
+            self._batch = next(self._batches, None)
+            if self._batch is None:
+                raise pa.ArrowInvalid(f"`{self.column}` has fewer rows than the other columns")
             self._first, self._next = self._next, self._next + len(self._batch)
         assert self._batch is not None, "`_next` is past the row"
         value = self._batch.column(0)[row - self._first].as_py()
