@@ -9,9 +9,11 @@ import typer
 from cli.options import Common, command, finish, new_app
 from curation.maintenance_config import (
     ArrowExportConfig,
+    CsvImportConfig,
     ExportConfig,
     ExportDatasetConfig,
     HuggingFaceImportConfig,
+    ImagesImportConfig,
     ImportConfig,
     MergeConfig,
 )
@@ -28,8 +30,8 @@ OUTPUT = Annotated[str, typer.Option("-o", "--output", help="Where to write; a s
 
 PATHS = Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.")]
 
-# format -> (what is imported, what is exported)
-FORMATS = {
+# format -> (what is imported, what is exported; None: it is only imported)
+FORMATS: dict[str, tuple[str, str | None]] = {
     "webdataset": (
         "Import webdataset tars: an image, a .txt or .json of captions and columns, by key.",
         "Copy pairs into webdataset tars: the same bytes at every run, with sizes.json and an index.",
@@ -50,10 +52,35 @@ FORMATS = {
         "Import pair files of ViLT, METER or VLMo: coco, f30k, conceptual, sbu, vg and wikibk .arrow files.",
         "Copy pairs into .arrow files under the names that ViLT, METER and VLMo look for.",
     ),
+    "coco": (
+        "Import COCO captions: captions_*.json and its images, one pair an image with all its captions.",
+        "Copy pairs into a COCO captions.json and its images.",
+    ),
+    "albef": (
+        "Import ALBEF's and BLIP's JSON lists of image, caption and image_id; an image's entries become one pair.",
+        "Copy pairs into a JSON list as ALBEF and BLIP read it, pairs.json, and its images.",
+    ),
+    "llava": (
+        "Import LLaVA's JSON: what gpt says of an image is its caption.",
+        "Copy pairs into llava.json, one question and one answer an entry, and its images.",
+    ),
+    "csv": (
+        "Import a csv or tsv of image names and captions, such as open_clip's filepath and title.",
+        "Copy pairs into pairs.tsv, with open_clip's columns filepath and title, and its images.",
+    ),
+    "text": ("Import plain text, a caption a line: rows without images.", None),
 }
 # Where a format has options of its own.
-IMPORT_CONFIGS: dict[str, type[ImportConfig]] = {"huggingface": HuggingFaceImportConfig}
+IMPORT_CONFIGS: dict[str, type[ImportConfig]] = {
+    "huggingface": HuggingFaceImportConfig,
+    "coco": ImagesImportConfig,
+    "albef": ImagesImportConfig,
+    "llava": ImagesImportConfig,
+    "csv": CsvImportConfig,
+}
 EXPORT_CONFIGS: dict[str, type[ExportConfig]] = {"arrow": ArrowExportConfig}
+# Options that mean nothing to a format.
+HIDDEN: dict[str, tuple[str, ...]] = {"text": ("caption_key", "uid_key", "max_bytes", "max_pixels")}
 
 
 @importer.callback()
@@ -89,7 +116,7 @@ def merge(
         return finish(run(datasets, output, config, emit))
 
 
-def _register(name: str, import_help: str, export_help: str) -> None:
+def _register(name: str, import_help: str, export_help: str | None) -> None:
     def import_format(config: ImportConfig, common: Common, paths: PATHS, output: OUTPUT) -> int:
         from curation.importing import import_pairs
 
@@ -104,8 +131,10 @@ def _register(name: str, import_help: str, export_help: str) -> None:
 
     import_format.__doc__, export_format.__doc__ = import_help, export_help
     reads, writes = IMPORT_CONFIGS.get(name, ImportConfig), EXPORT_CONFIGS.get(name, ExportConfig)
-    command(importer, name, reads, example=f"pairmill import {name} PATH -o DATASET")(import_format)
-    command(export, name, writes, example=f"pairmill export {name} DATASET --selection best -o PATH")(export_format)
+    example = f"pairmill import {name} PATH -o DATASET"
+    command(importer, name, reads, example=example, hide=HIDDEN.get(name, ()))(import_format)
+    if export_help is not None:
+        command(export, name, writes, example=f"pairmill export {name} DATASET --selection best -o PATH")(export_format)
 
 
 for _name, _helps in FORMATS.items():

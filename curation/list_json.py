@@ -48,6 +48,25 @@ def json_rows(opener: Opener, where: str) -> Iterator[dict[str, Any]]:
     yield from _object_rows(opener, parts, where)
 
 
+def object_items(opener: Opener, where: str) -> Iterator[tuple[str, Any]]:
+    """(key, item) for each item of each list in a JSON object, in the file's order; any other value, and an empty list,
+    whole.
+
+    Raises PairmillError where the file is no JSON object, or a damaged one.
+    """
+    with opener() as stream:
+        cursor = _Cursor(stream, where)
+        start = cursor.peek()
+        if start != "{":
+            raise PairmillError(f"{where} is no JSON object: it begins with {start!r}.")
+        for key in cursor.each_key():
+            items = cursor.items() if cursor.peek() == "[" else iter((cursor.value(),))
+            first = next(items, [])
+            yield key, first
+            for item in items:
+                yield key, item
+
+
 @dataclass(frozen=True)
 class _Part:
     """One key of the outer object: how many items its list or object has, and whether they are objects."""
