@@ -84,8 +84,8 @@ def filter_(config: FilterConfig, common: Common, dataset: DATASET) -> int:
 def report(config: ReportConfig, common: Common, dataset: DATASET) -> int:
     """Write one HTML page that shows what is in a dataset and why the rest is not; the same numbers as JSON.
 
-    The page is one file that needs no network and runs no script. It also shows the training runs in DATASET/runs, those
-    in a folder `runs` beside it that were trained on it, and what --run names.
+    The page is one file that needs no network and runs no script. It also shows the training runs in DATASET/runs,
+    those in a folder `runs` beside it that were trained on it, and what --run names.
     """
     from curation.report import report as write_report
 

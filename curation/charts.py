@@ -234,7 +234,7 @@ def two_bars_html(items: Sequence[tuple[str, int, int | None]], whole: int) -> s
         rows.append(
             f'<div class="bar-name">{escape(name)}</div>'
             f'<div class="bar" title="{escape(told)}"><i class="all" style="width:{max(0.4, 100 * n / most):.2f}%">'
-            f'{inner}</i></div><div class="bar-number">{number(n)} <small>{share(n, whole)}</small></div>'
+            f'{inner}</i></div><div class="bar-number">{number(n)} <small>{escape(share(n, whole))}</small></div>'
         )
     return f'<div class="bars">{"".join(rows)}</div>'
 
@@ -247,7 +247,7 @@ def bars_html(
     rows = []
     for name, n in items:
         tone = (tones or {}).get(name, "")
-        percent = f"<small>{share(n, whole)}</small>" if whole else ""
+        percent = f"<small>{escape(share(n, whole))}</small>" if whole else ""
         rows.append(
             f'<div class="bar-name">{escape(name)}</div>'
             f'<div class="bar"><i class="{escape(tone)}" style="width:{max(0.4, 100 * n / most):.2f}%"></i></div>'
@@ -284,7 +284,7 @@ def funnel_html(steps: Sequence[FunnelStep], first: str = "rows") -> str:
             f'<div class="step"><b>{escape(s.rule)}</b><div class="bar">'
             f'<i class="kept" style="width:{100 * s.left / whole:.3f}%"></i>'
             f'<i class="lost" style="width:{100 * s.dropped / whole:.3f}%"></i></div>'
-            f'<span class="left">{s.left:,} <small>{share(s.left, whole)}</small></span>'
+            f'<span class="left">{s.left:,} <small>{escape(share(s.left, whole))}</small></span>'
             f'<span class="why">{why}</span></div>'
         )
     return f'<div class="funnel">{"".join(rows)}</div>'

@@ -54,7 +54,7 @@ def river_svg(whole: int, branches: Sequence[Branch], start: str, end: str) -> s
     edge += f" V{TOP + _thick(left, whole):.2f} H{WIDTH:g} V{TOP:g} Z"
     body.insert(0, f'<path class="kept" d="M0,{TOP:g}{edge}"/>')
     body.append(f'<text class="flow-start" x="0" y="{TOP - 12:g}">{whole:,} {escape(start)}</text>')
-    told = f"{left:,} {escape(end)} <tspan>{share(left, whole)}</tspan>"
+    told = f"{left:,} {escape(end)} <tspan>{escape(share(left, whole))}</tspan>"
     body.append(f'<text class="flow-end" x="{WIDTH:g}" y="{TOP - 12:g}" text-anchor="end">{told}</text>')
     label = f"{whole:,} {start}, {left:,} {end}"
     return (

@@ -101,7 +101,7 @@ def gather(table: Table, config: ReportConfig) -> Numbers:
 
 
 def show(table: Table, numbers: Numbers, config: ReportConfig, most: int) -> Shown:
-    """At most `most` pictures from at most 40 row groups: duplicates, regions, each fresh selection, the drawn first."""
+    """At most `most` pictures from at most 40 row groups: duplicates, regions, then each selection, the drawn first."""
     dataset = table.dataset
     if not most:
         return Shown()

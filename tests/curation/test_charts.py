@@ -118,3 +118,10 @@ def test_bars_of_kept_parts_escape_and_keep_proportion():
     widths = [e.get("style") for e in parse(html).iter() if e.tag == "i"]
     assert widths == ["width:100.00%", "width:25.00%", "width:50.00%"]
     assert "50\u00a0%" in html
+
+
+def test_a_share_below_a_tenth_of_a_percent_is_no_markup():
+    html = charts.bars_html([("a", 1)], 10**6) + charts.two_bars_html([("a", 1, None)], 10**6)
+    html += charts.funnel_html([FunnelStep("r", 10**6, 10**6 - 1, 0, 1, 0)])
+    assert html.count("&lt;0.1") == 3
+    parse(html)
