@@ -29,9 +29,9 @@ def fewer(branches: Sequence[Branch], most: int = MOST_STEPS) -> list[Branch]:
     there = [b for b in branches if b.rows]
     if len(there) <= most:
         return there
-    large = sorted(there, key=lambda b: -b.rows)[: most - 1]
-    small = [b for b in there if b not in large]
-    return [b for b in there if b in large] + [Branch(f"{len(small)} more", sum(b.rows for b in small), small[-1].tone)]
+    ranked = sorted(range(len(there)), key=lambda i: -there[i].rows)
+    large, small = sorted(ranked[: most - 1]), [there[i] for i in ranked[most - 1 :]]
+    return [there[i] for i in large] + [Branch(f"{len(small)} more", sum(b.rows for b in small), small[-1].tone)]
 
 
 def river_svg(whole: int, branches: Sequence[Branch], start: str, end: str) -> str:
