@@ -13,6 +13,9 @@ RULES: dict[str, str] = {
     "top": "curation.rules:Top",
     "sample": "curation.rules:Sample",
     "split": "curation.rules:Split",
+    "dedup": "curation.dedup:Dedup",
+    "cluster": "curation.cluster:Cluster",
+    "balance": "curation.balance:Balance",
     "dedup_semantic": "curation.dedup_semantic:DedupSemantic",
 }
 

@@ -44,7 +44,7 @@ def write_embeddings(
     shards: Sequence[int] | None = None,
 ) -> None:
     """`features/NAME` from vectors over the whole dataset; a row that is None has the state `absent`."""
-    dim = next(len(v) for v in vectors if v is not None)
+    dim = next((len(v) for v in vectors if v is not None), 4)
     schema = features_schema(clip_embedding_fields(dim), {"model": "ViT-B-32", "weights": weights, "normalised": True})
     stage = dataset.stage(f"features/{name}")
     stage.begin(make_sidecar("score clip", name, (FEATURES, VERSION), StageConfig(), {"weights": weights}), "")
