@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, cast
@@ -72,6 +73,8 @@ class Device:
         self.device = torch.device("cuda:0" if name == "cuda" else name)
         self.precision = precision
         self.cuda = self.device.type == "cuda"
+        self.cores_free = threading.Event()
+        self.cores_free.set()
         if self.cuda:
             torch.cuda.set_device(self.device)
             self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
@@ -81,6 +84,22 @@ class Device:
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """While a batch is computed on the CPU, `cores_free` is unset.
+
+        A model's threads wait for each other at every operation: a decoder on one core holds up all of them, and costs
+        its time once for each core. Decoding between two batches, on all cores, costs it once.
+        """
+        if self.cuda:
+            yield
+            return
+        self.cores_free.clear()
+        try:
+            yield
+        finally:
+            self.cores_free.set()
 
     def pin(self, batch: Batch) -> Batch:
         """The batch in page-locked memory, from which a copy does not block. For any thread."""

@@ -143,6 +143,7 @@ class ShardRun:
     def _prepare(self, numbered: tuple[int, Row]) -> tuple[int, Item]:
         """In a decode thread. An image that cannot be used becomes a row with its status."""
         number, row = numbered
+        self.device.cores_free.wait()
         try:
             with self.hand.hold(number):
                 data = row.pop("image")
@@ -186,7 +187,8 @@ class ShardRun:
 
     def _try(self, batch: Batch) -> Batch | None:
         try:
-            return self.extractor(self.device.upload(batch))
+            with self.device.computing():
+                return self.extractor(self.device.upload(batch))
         except torch.OutOfMemoryError:
             pass  # outside this block, where the error no longer holds the tensors of the failed call
         self.device.forget()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.config import StageConfig, build_config, execution, identity
 from schemas.errors import PairmillError, suggest
@@ -18,6 +18,8 @@ class ObjectiveConfig(StageConfig):
 
     name: str = Field(description="its name in `pairmill models`")
     weight: float = identity(1.0, "factor in the sum of losses", ge=0)
+    begin: float = identity(0.0, "share of the steps after which it takes part", ge=0, lt=1)
+    end: float = identity(1.0, "share of the steps after which it no longer does", gt=0, le=1)
     options: dict[str, Any] = identity({}, "settings of the objective")
 
 
@@ -70,6 +72,20 @@ class TrainConfig(StageConfig):
     compile: bool = execution(False, "compile the model with torch.compile")
     checkpointing: bool = execution(False, "compute activations again in the backward pass: less memory, more time")
     tensorboard: bool = execution(False, "also write TensorBoard event files")
+
+    @model_validator(mode="after")
+    def _always_learns(self) -> TrainConfig:
+        """Raises ValueError where a part of the run has no objective."""
+        reached = 0.0
+        for one in sorted(self.objectives, key=lambda o: o.begin):
+            if one.begin >= one.end:
+                raise ValueError(f"objective {one.name} begins at {one.begin:g} of the run and ends at {one.end:g}")
+            if one.begin > reached:
+                break
+            reached = max(reached, one.end)
+        if self.objectives and reached < 1:
+            raise ValueError(f"no objective takes part after {reached:g} of the run: change a `begin` or an `end`")
+        return self
 
     @property
     def warmup_steps(self) -> int:

@@ -74,6 +74,9 @@ class ViLTConfig(StageConfig):
     image_types: PositiveInt = identity(1, "token types for images: 1, or 2 for NLVR2")
     max_image_len: int = identity(200, "most patches in training, a random subset of more; -1 = all", ge=-1)
     dropout: float = identity(0.1, "dropout of embeddings, projections and feed-forward parts", ge=0, lt=1)
+    init_std: float = identity(
+        0.02, "standard deviation of new weights; a narrow model wants more, about half of 1 / sqrt(width)", gt=0
+    )
     model_heads: tuple[ViLTHead, ...] = identity(("masked_language", "matching"), "task heads")
     answers: PositiveInt = identity(3129, "answers of the vqa head")
     quirks: bool = identity(

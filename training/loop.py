@@ -82,6 +82,11 @@ class Passes(nn.Module):
         return [self.model(batch, route=route) for batch, route in zip(batches, routes, strict=True)]
 
 
+def at_step(objectives: Sequence[tuple[float, Objective]], step: int, steps: int) -> list[tuple[float, Objective]]:
+    """Those that take part in `step` (from 0) of `steps`: each from round(begin * steps) to before round(end * steps)."""
+    return [(w, o) for w, o in objectives if round(o.span[0] * steps) <= step < round(o.span[1] * steps)]
+
+
 def sum_losses(
     objectives: Sequence[tuple[float, Objective]],
     outputs: Sequence[Outputs],
@@ -113,7 +118,7 @@ class Trainer:
     emit: Emit = field(default=lambda event: None)
 
     def __post_init__(self) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
 
         # accelerate keeps the first run's precision for the whole process; the next run may want another.
@@ -121,7 +126,12 @@ class Trainer:
         if self.config.precision == "fp16" and (self.config.device == "cpu" or not torch.cuda.is_available()):
             raise PairmillError("--precision fp16 needs a GPU. Use bf16 or fp32 here.")
         precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[self.config.precision]
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
+        # A head whose objective rests gets no gradient.
+        rests = any(objective.span != (0.0, 1.0) for _, objective in self.objectives)
+        parallel = DistributedDataParallelKwargs(find_unused_parameters=rests)
+        self.accelerator = Accelerator(
+            mixed_precision=precision, cpu=self.config.device == "cpu", kwargs_handlers=[parallel]
+        )
         self.step = 0
         self.best: float | None = None
         self.best_step: int | None = None
@@ -217,13 +227,14 @@ class Trainer:
 
     def _backward(self, passes: nn.Module, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(_mix(self.config.seed, index, 1 << 20))
+        objectives = at_step(self.objectives, self.step, self.config.steps)
         with torch.no_grad():
             batch = self.model.prepare(batch, generator)
-            prepared = [o.prepare(batch, generator) for _, o in self.objectives]
+            prepared = [o.prepare(batch, generator) for _, o in objectives]
         prepared = [b.to(self.accelerator.device, non_blocking=True) for b in prepared]
         with self.accelerator.autocast():
-            outputs = passes(prepared, [o.route for _, o in self.objectives])
-            total, metrics = sum_losses(self.objectives, outputs, prepared, generator)
+            outputs = passes(prepared, [o.route for _, o in objectives])
+            total, metrics = sum_losses(objectives, outputs, prepared, generator)
         self.accelerator.backward(total / self.config.accumulate)
         return total.detach(), metrics
 

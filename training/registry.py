@@ -155,6 +155,7 @@ def build_objectives(
     passes: list[list[tuple[float, Objective]]] = []
     for config in configs:
         objective = _build_objective(family, config, tokenizer)
+        objective.span = (config.begin, config.end)
         if objective.route:
             passes.append([(config.weight, objective)])
         elif passes:

@@ -82,6 +82,42 @@ def test_stop_and_resume_at_every_step_gives_the_same_run(tmp_path, dataset, nam
     assert len(set(losses(tmp_path / "whole"))) == STEPS
 
 
+def test_objectives_take_part_in_their_span_and_resume_in_it(tmp_path, dataset):
+    spans = [
+        {"name": "masked_language", "end": 0.6},
+        {"name": "matching", "begin": 0.4},
+        {"name": "alignment", "weight": 0.1, "begin": 0.4},
+    ]
+    run(tmp_path, "vilt", dataset, tmp_path / "whole", objectives=spans)
+    told = [sorted({"mlm_loss", "itm_loss", "alignment_loss"} & m.keys()) for m in Run(tmp_path / "whole").metrics()]
+    rest = ["alignment_loss", "itm_loss"]
+    assert told == [["mlm_loss"], ["mlm_loss"], [*rest, "mlm_loss"], rest, rest]
+    for stop in range(1, STEPS):
+        run(tmp_path, "vilt", dataset, tmp_path / f"stopped{stop}", {"stop": stop}, objectives=spans)
+        run(tmp_path, "vilt", dataset, tmp_path / f"stopped{stop}", objectives=spans)
+        assert losses(tmp_path / f"stopped{stop}") == losses(tmp_path / "whole")
+        assert equal(weights(tmp_path / f"stopped{stop}"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("spans", "text"),
+    [
+        ([{"name": "masked_language", "end": 0.5}, {"name": "matching", "begin": 0.6}], "after 0.5 of the run"),
+        ([{"name": "masked_language", "begin": 0.1}], "after 0 of the run"),
+        ([{"name": "masked_language"}, {"name": "matching", "begin": 0.5, "end": 0.4}], "begins at 0.5"),
+    ],
+)
+def test_a_run_without_an_objective_at_some_step_is_refused(tmp_path, spans, text):
+    with pytest.raises(PairmillError, match=text):
+        resolve(preset(tmp_path, "vilt", objectives=spans), {})
+
+
+def test_objectives_that_share_a_pass_share_a_span(tmp_path, dataset):
+    spans = [{"name": "masked_language"}, {"name": "matching", "begin": 0.5}, {"name": "alignment"}]
+    with pytest.raises(PairmillError, match="the same `begin` and `end`"):
+        run(tmp_path, "vilt", dataset, tmp_path / "run", objectives=spans)
+
+
 def test_average_and_accumulation_resume_too(tmp_path, dataset):
     settings = {"ema": 0.5, "accumulate": 2}
     run(tmp_path, "vilt", dataset, tmp_path / "whole", **settings)

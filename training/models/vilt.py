@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,7 +108,8 @@ class ViLT(VisionLanguageModel):
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.pooler = Pooler(D)
         self.heads = nn.ModuleDict({name: make_head(name, config) for name in config.model_heads})
-        self.apply(init_normal)
+        self.apply(partial(init_normal, std=config.init_std))
+        nn.init.normal_(self.patch_embed.weight, std=config.init_std)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 

@@ -43,6 +43,7 @@ class Objective(nn.Module):
     name: str
     route: str
     inputs: frozenset[str] = frozenset()
+    span: tuple[float, float] = (0.0, 1.0)  # shares of the run between which it takes part
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with the masks, labels and negatives this objective needs."""
@@ -64,9 +65,12 @@ class Together(Objective):
         self.name = "+".join(part.name for _, part in parts)
         self.route = parts[0][1].route
         self.inputs = frozenset().union(*(part.inputs for _, part in parts))
+        self.span = parts[0][1].span
         other = [part.name for _, part in parts if part.route not in ("", self.route)]
         if other:
             raise PairmillError(f"{', '.join(other)} cannot share the pass of {parts[0][1].name}")
+        if any(part.span != self.span for _, part in parts):
+            raise PairmillError(f"{self.name} share a pass: give them the same `begin` and `end`")
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Each part's preparation, in order."""
