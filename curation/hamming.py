@@ -16,7 +16,6 @@ from math import comb
 
 import numpy as np
 
-MAX_BITS = 16
 _LONG = 1024  # a run of more hashes is searched again by its other bits
 _CHUNK = 1 << 16  # hashes whose bits are moved at once: they stay in the cache
 _EDGES = 1 << 21  # pairs found before they are united

@@ -142,10 +142,10 @@ def positions(dataset: Dataset, shards: Sequence[int] | None = None) -> pl.DataF
 def rows_at(stage: Stage, index: np.ndarray, columns: Sequence[str]) -> pl.DataFrame:
     """The columns of a few rows, given by their numbers in the dataset (ascending); reads only their shards' files."""
     begin = starts(stage.dataset)
-    shard_of = np.searchsorted(begin, index, side="right") - 1
+    cuts = np.searchsorted(index, begin)
     parts = [
-        read_table(stage.folder, stage.file(int(s)), columns).take(pa.array(index[shard_of == s] - begin[s]))
-        for s in np.unique(shard_of)
+        read_table(stage.folder, stage.file(s), columns).take(pa.array(index[cuts[s] : cuts[s + 1]] - begin[s]))
+        for s in np.flatnonzero(np.diff(cuts)).tolist()
     ]
     if not parts:
         return pl.DataFrame({c: [] for c in columns})
