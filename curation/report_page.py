@@ -176,8 +176,12 @@ def _strips(picks: Sequence[Pick], pictures: Mapping[int, Picture]) -> list[Numb
 
 
 def _figure(pick: Pick, pictures: Mapping[int, Picture]) -> Numbers:
-    value = None if pick.value is None else charts.number(pick.value)
-    return {**pictures[pick.index], "value": value, "tag": pick.tag}
+    return {**pictures[pick.index], "value": None if pick.value is None else _value(pick.value), "tag": pick.tag}
+
+
+def _value(value: float) -> str:
+    """Four digits: what lies on either side of a threshold should look different."""
+    return charts.number(value) if value == int(value) or abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _hero(picks: Sequence[Pick], pictures: Mapping[int, Picture]) -> list[Numbers]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cli_help, clip_score, compare, download, features, memory, training_input
+from benchmarks import cli_help, clip_score, compare, download, features, memory, report, training_input
 from benchmarks.__main__ import NAMES
 from benchmarks.compare import Check
 from benchmarks.filter import SHARD_ROWS, Peers, check_equal, generate
@@ -137,6 +137,15 @@ def test_training_input_gives_the_same_pairs_either_way(tmp_path):
 def test_filters_decide_alike(tmp_path):
     peers = Peers(generate(tmp_path / "scored", 2 * SHARD_ROWS), tmp_path)
     assert 0 < check_equal(peers) < 2 * SHARD_ROWS
+
+
+def test_a_report_of_generated_rows_has_all_its_parts(tmp_path):
+    dataset = report.generate(tmp_path / "ds", 400, 200)
+    assert (len(dataset), dataset.num_shards) == (400, 2)
+    result = report.run(1, quick=True)
+    assert result.sizes["histograms"] == 17
+    assert result.sizes["pictures"] > 60
+    assert [check.goal for check in result.checks] == [30.0, 5.0]
 
 
 def test_help_is_timed():
