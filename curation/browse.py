@@ -32,7 +32,7 @@ from shards.select import selections
 PAGE = 60
 MAX_PAGE = 500
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)?\Z")
-_WORDS = re.compile(r'(-?)(?:"([^"]+)"|(\S+))')
+_WORDS = re.compile(r'(-?)(?:"([^"]*)(?:"|$)|([^\s"]+))')  # a quote that is still open goes to the end
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # what Rust's regex::escape escapes
 _ESCAPED = r"\\\g<0>"
 Mask = np.ndarray
@@ -174,7 +174,8 @@ class View:
 
     def conditions(self, query: Query) -> list[Condition]:
         """Every condition of the query over all rows. Raises PairmillError as `search` does."""
-        out = [self._words(sign == "-", quoted or word) for sign, quoted, word in _WORDS.findall(query.text)]
+        texts = [(sign == "-", quoted or word) for sign, quoted, word in _WORDS.findall(query.text)]
+        out = [self._words(without, word) for without, word in texts if word]
         for one in query.ranges:
             rule = _range_rule(one.column, one.low, one.high)
             if rule is not None:
