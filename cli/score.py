@@ -16,6 +16,7 @@ from curation.scores.config import (
     LanguageScoreConfig,
     SafetyScoreConfig,
     TextScoreConfig,
+    WatermarkScoreConfig,
     UserScoreConfig,
 )
 from extractors.config import ClipScoreConfig
@@ -154,3 +155,17 @@ def user_command(name: str) -> Any:
     found = typer.main.get_command(single)
     found.help = f"{package_of(point)}: {point.value}\n\nExample: pairmill score {name} DATASET"
     return found
+
+
+@command(
+    score,
+    "watermark",
+    WatermarkScoreConfig,
+    example="pairmill score watermark DATASET --weights watermark_model_v1.pt",
+)
+def watermark(config: WatermarkScoreConfig, common: Common, dataset: DATASET) -> int:
+    """Tell how likely each image bears a watermark, 0 to 1, by LAION's detector."""
+    from curation.scores.watermark import score_watermark
+
+    with common.drawer() as emit:
+        return finish(score_watermark(dataset, config, emit))

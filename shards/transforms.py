@@ -1,7 +1,7 @@
 """Resize, crop, flip, patchify, normalise: the one copy that extractors, training and tests share.
 
-Images are uint8 RGB arrays [H, W, 3]. Resampling is Pillow's bicubic, as in the original ViLT and CLIP code:
-pixels equal theirs exactly. Randomness is drawn elsewhere: the functions here take explicit numbers.
+Images are uint8 RGB arrays [H, W, 3]. Resampling is Pillow's, bicubic unless said, as in the original ViLT and CLIP
+code: pixels equal theirs exactly. Randomness is drawn elsewhere: the functions here take explicit numbers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ NORMALISATIONS: dict[str, tuple[Constants, Constants]] = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
 }
 VILT_PATCH = 32
+BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 
 def check_patch_size(size: int, patch: int) -> None:
@@ -50,15 +51,15 @@ def check_pixels(image: np.ndarray) -> None:
         raise ValueError(f"the image has no pixels: {image.shape[1]} x {image.shape[0]}")
 
 
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Pillow bicubic with antialiasing. uint8 [H, W, 3] -> uint8 [height, width, 3], always a new array.
+def resize(image: np.ndarray, width: int, height: int, resample: Image.Resampling = BICUBIC) -> np.ndarray:
+    """Pillow's resize with antialiasing. uint8 [H, W, 3] -> uint8 [height, width, 3], always a new array.
 
     Raises ValueError for an image or a target without pixels.
     """
     check_pixels(image)
     if width < 1 or height < 1:
         raise ValueError(f"cannot resize to {width} x {height}: a side must be at least 1 px")
-    return np.array(Image.fromarray(image).resize((width, height), resample=Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image).resize((width, height), resample=resample))
 
 
 def vilt_size(width: int, height: int, size: int, patch: int = VILT_PATCH) -> tuple[int, int]:
@@ -86,9 +87,9 @@ def resize_vilt(image: np.ndarray, size: int, patch: int = VILT_PATCH) -> np.nda
     return resize(image, *vilt_size(image.shape[1], image.shape[0], size, patch))
 
 
-def resize_square(image: np.ndarray, size: int) -> np.ndarray:
+def resize_square(image: np.ndarray, size: int, resample: Image.Resampling = BICUBIC) -> np.ndarray:
     """Both sides to `size` px, aspect not kept: uint8 [size, size, 3]."""
-    return resize(image, size, size)
+    return resize(image, size, size, resample)
 
 
 def resize_shorter(image: np.ndarray, size: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from extractors.config import NAME, ExtractorConfig
+from extractors.config import NAME, DeviceConfig, ExtractorConfig
 from schemas.config import ShardStage, StageConfig, execution, identity
 
 
@@ -65,6 +65,14 @@ class SafetyScoreConfig(HeadScoreConfig):
     """`pairmill score safety`."""
 
     name: str = execution("safety", "name of the scores", pattern=NAME)
+
+
+class WatermarkScoreConfig(DeviceConfig):
+    """`pairmill score watermark`. What the weights are is identity by their hash; where they lie is not."""
+
+    name: str = execution("watermark", "name of the scores", pattern=NAME)
+    weights: Path = execution(..., "the detector's file, such as LAION's watermark_model_v1.pt")
+    watermark_class: int = identity(0, "which of the detector's two classes is watermark: 0 in LAION's", ge=0, le=1)
 
 
 class UserScoreConfig(ShardStage):
