@@ -16,8 +16,8 @@ from curation.scores.config import (
     LanguageScoreConfig,
     SafetyScoreConfig,
     TextScoreConfig,
-    WatermarkScoreConfig,
     UserScoreConfig,
+    WatermarkScoreConfig,
 )
 from extractors.config import ClipScoreConfig
 
