@@ -68,6 +68,10 @@ FORMATS: dict[str, tuple[str, str | None]] = {
         "Import a csv or tsv of image names and captions, such as open_clip's filepath and title.",
         "Copy pairs into pairs.tsv, with open_clip's columns filepath and title, and its images.",
     ),
+    "visual_genome": (
+        "Import Visual Genome's region_descriptions.json and images: one pair an image, its phrases as captions.",
+        None,
+    ),
     "text": ("Import plain text, a caption a line: rows without images.", None),
 }
 # Where a format has options of its own.
@@ -77,6 +81,7 @@ IMPORT_CONFIGS: dict[str, type[ImportConfig]] = {
     "albef": ImagesImportConfig,
     "llava": ImagesImportConfig,
     "csv": CsvImportConfig,
+    "visual_genome": ImagesImportConfig,
 }
 EXPORT_CONFIGS: dict[str, type[ExportConfig]] = {"arrow": ArrowExportConfig}
 # Options that mean nothing to a format.

@@ -46,6 +46,7 @@ FORMATS = {
     "llava": "curation.formats.llava",
     "csv": "curation.formats.clip_csv",
     "coco": "curation.formats.coco",
+    "visual_genome": "curation.formats.visual_genome",
     "text": "curation.formats.text",
 }
 LOOKED_AT = 1000  # samples from which the types of carried columns are learnt

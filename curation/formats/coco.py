@@ -7,17 +7,15 @@ JSON's size (TMPDIR): memory holds one entry and the licences. Written: `caption
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import sqlite3
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from curation.formats.joining import Meeting
 from curation.formats.listed import OURS, Images, ListWriter, find_lists, json_list, opened, sample_of
 from curation.formats.samples import Sample, Source
 from curation.list_json import object_items
@@ -48,51 +46,6 @@ def read(sources: Sequence[Source], config: ImportConfig) -> Iterator[Sample]:
         with Meeting() as meeting:
             licences = _collect(source, meeting, config.caption_key or ("caption",))
             yield from _samples(source, meeting, licences, config.model_copy(update={"caption_key": ()}))
-
-
-class Meeting:
-    """Entries and the texts that belong to each, in a temporary file; both keep the order they came in."""
-
-    def __enter__(self) -> Meeting:
-        self._stack = contextlib.ExitStack()
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pairmill-join-"))
-        self.db = self._stack.enter_context(contextlib.closing(sqlite3.connect(f"{folder}/join.sqlite")))
-        self.db.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;"
-            "CREATE TABLE entries (key TEXT, value TEXT); CREATE TABLE texts (key TEXT, value TEXT);"
-        )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def add_entry(self, key: Any, value: dict[str, Any]) -> None:
-        self.db.execute("INSERT INTO entries VALUES (?, ?)", (_key(key), json.dumps(value)))
-
-    def add_text(self, key: Any, text: str) -> None:
-        self.db.execute("INSERT INTO texts VALUES (?, ?)", (_key(key), json.dumps(text)))
-
-    def meet(self) -> None:
-        """Call it when all are added."""
-        self.db.execute("CREATE INDEX of_texts ON texts (key)")
-        self.db.execute("CREATE INDEX of_entries ON entries (key)")
-
-    def entries(self) -> Iterator[dict[str, Any]]:
-        return (json.loads(value) for (value,) in self.db.execute("SELECT value FROM entries ORDER BY rowid"))
-
-    def texts(self, key: Any) -> list[str]:
-        """Those of an entry."""
-        found = self.db.execute("SELECT value FROM texts WHERE key = ? ORDER BY rowid", (_key(key),))
-        return [json.loads(value) for (value,) in found]
-
-    def orphans(self) -> Iterator[Any]:
-        """Keys of texts that have no entry, in order of their first text."""
-        query = "SELECT key FROM texts WHERE key NOT IN (SELECT key FROM entries) GROUP BY key ORDER BY min(rowid)"
-        return (json.loads(key) for (key,) in self.db.execute(query))
-
-
-def _key(key: Any) -> str:
-    return json.dumps(key)
 
 
 def _collect(source: Source, meeting: Meeting, keys: Sequence[str]) -> dict[Any, dict[str, Any]]:

@@ -415,6 +415,46 @@ def test_coco_ids_of_an_export_are_one_each(source, tmp_path):
     assert whole["licenses"] == []
 
 
+# visual_genome
+
+
+def region(image: int, number: int, phrase, **more) -> dict:
+    return {"region_id": number, "image_id": image, "phrase": phrase, "x": 1, "y": 2, "width": 30, "height": 20, **more}
+
+
+def test_visual_genome_is_a_pair_an_image(tmp_path):
+    put_images(tmp_path, "VG_100K/1.jpg", "VG_100K_2/3.jpg")
+    regions = [
+        {"id": 1, "regions": [region(1, 11, "a clock"), region(1, 12, None), region(1, 13, "a street", x=5)]},
+        {"id": 3, "regions": [region(3, 31, "a dog"), region(3, 32, " ")]},
+        {"id": 2, "regions": [region(2, 21, "gone")]},
+        {"id": "../x", "regions": []},
+    ]
+    put_list(tmp_path / "region_descriptions.json", regions)
+    put_list(tmp_path / "attributes.json", [])
+    about = [{"image_id": 3, "url": "http://vg/3.jpg", "coco_id": 77, "width": 800}, {"image_id": 1, "url": None}]
+    put_list(tmp_path / "image_data.json", about)
+    rows = take("visual_genome", tmp_path, tmp_path / "d")
+    assert told(rows, "image_id", "caption", "captions", "status", "url", "coco_id") == [
+        ("1", "a clock", ["a clock", "a street"], "success", None, None),
+        ("3", "a dog", None, "success", "http://vg/3.jpg", 77),
+        ("2", "gone", None, "missing_file", None, None),
+        ("../x", None, None, "missing_file", None, None),
+    ]
+    assert json.loads(rows[0]["regions"]) == [[1, 2, 30, 20], [5, 2, 30, 20]]
+    assert json.loads(rows[0]["region_ids"]) == [11, 13]
+    assert rows[0]["image"] == (tmp_path / "VG_100K/1.jpg").read_bytes()
+    only = take("visual_genome", tmp_path / "region_descriptions.json", tmp_path / "e", images=(f"{tmp_path}/VG_100K",))
+    assert told(only, "status")[:2] == [("success",), ("missing_file",)]
+
+
+def test_visual_genome_that_is_none(tmp_path):
+    with pytest.raises(PairmillError, match="has no `regions`"):
+        take("visual_genome", put_list(tmp_path / "x.json", [{"id": 1}]), tmp_path / "d")
+    with pytest.raises(PairmillError, match=r"no Visual Genome regions .* there"):
+        take("visual_genome", put_list(tmp_path / "in/image_data.json", []), tmp_path / "e")
+
+
 # text
 
 
