@@ -72,6 +72,10 @@ FORMATS: dict[str, tuple[str, str | None]] = {
         "Import Visual Genome's region_descriptions.json and images: one pair an image, its phrases as captions.",
         None,
     ),
+    "datacomp": (
+        "Import DataComp's metadata, parquet and npz: rows without images, with scores and embeddings to filter by.",
+        "Copy rows, with images or without, into Parquet for `pairmill download`, and DataComp's subset.npy.",
+    ),
     "text": ("Import plain text, a caption a line: rows without images.", None),
 }
 # Where a format has options of its own.

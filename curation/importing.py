@@ -47,13 +47,17 @@ FORMATS = {
     "csv": "curation.formats.clip_csv",
     "coco": "curation.formats.coco",
     "visual_genome": "curation.formats.visual_genome",
+    "datacomp": "curation.formats.datacomp",
     "text": "curation.formats.text",
 }
 LOOKED_AT = 1000  # samples from which the types of carried columns are learnt
 
 
 class Reader(Protocol):
-    """What a format's module offers to the import."""
+    """What a format's module offers to the import.
+
+    `features(dataset, sources)`, where it has that, writes feature sets beside the pairs, which stand.
+    """
 
     def sources(self, paths: Sequence[str]) -> list[Source]:
         """Every file of the input. Raises PairmillError where there is none of this format."""
@@ -94,7 +98,10 @@ def import_pairs(
         emit(StageStarted(PAIRS, 0, len(folder.names(PAIRS)) - 1, 0))
         maker = _Maker(Dataset(folder, new_manifest(config.shard_rows, ())), config, emit)
         sizes = maker.make(partial(reader.read, sources, config))
-        write_manifest(folder, new_manifest(config.shard_rows, sizes, columns=maker.renamed))
+        manifest = new_manifest(config.shard_rows, sizes, columns=maker.renamed)
+        if hasattr(reader, "features"):
+            reader.features(Dataset(folder, manifest), sources)
+        write_manifest(folder, manifest)
     finished = StageFinished(PAIRS, maker.written, (), time.monotonic() - start, dict(maker.counts))
     emit(finished)
     return finished
@@ -234,7 +241,9 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
 def _looked_at(sample: Sample, config: ImportConfig) -> dict[str, Any]:
     """Status, image, hashes and sizes, as the bytes tell them."""
     if sample.status not in (None, SUCCESS):
-        return {"status": sample.status, "error": _short(sample.error), "sha256": sample.sha256}
+        width, height = sample.original
+        told = {"sha256": sample.sha256, "original_width": width, "original_height": height}
+        return {"status": sample.status, "error": _short(sample.error), **told}
     if sample.image is None:
         return {"status": sample.status or NO_IMAGE, "error": _short(sample.error)}
     try:
