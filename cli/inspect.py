@@ -8,7 +8,7 @@ import typer
 
 from cli.options import Common, command, new_app
 from cli.tables import print_table
-from curation.maintenance_config import CheckConfig, ShowConfig
+from curation.maintenance_config import CheckConfig, RemoveConfig, ShowConfig
 
 app = new_app()
 DATASET = Annotated[str, typer.Argument(help="The dataset, a folder or URL.")]
@@ -78,3 +78,19 @@ def check(config: CheckConfig, common: Common, dataset: DATASET) -> int:
     if not findings:
         typer.echo("all well")
     return 2 if any(f.error for f in findings) else 1 if findings else 0
+
+
+@command(app, "remove", RemoveConfig, example="pairmill remove DATASET --list requests.csv")
+def remove(config: RemoveConfig, common: Common, dataset: DATASET) -> int:
+    """Take rows out on request, by uid or url: out of input, pairs, scores, features, task sets and later downloads.
+
+    A row keeps its place and its uid. Selections made before are out of date, reports are deleted: make them again.
+    """
+    from curation.remove import remove as take_out
+
+    with common.drawer() as emit:
+        done = take_out(dataset, config, emit)
+    typer.echo(f"{dataset}: {done.rows:,} rows removed, {done.files:,} files rewritten or deleted")
+    if done.unknown:
+        typer.echo(f"{done.unknown:,} entries name no row here; later downloads leave them out too.")
+    return 0

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("cli.inspect", "Read a dataset back: hashes, alignment, schemas."),
     "export": ("cli.formats", "Copy pairs into another tool's format."),
     "merge": ("cli.formats", "Join datasets into a new one."),
+    "remove": ("cli.inspect", "Take rows out on request, everywhere."),
     "extract": ("cli.extract", "Compute features of every image: patches, regions."),
     "draw": ("cli.extract", "Draw what was extracted."),
     "train": ("cli.train", "Train a model from shards and a selection."),

@@ -17,6 +17,16 @@ class CheckConfig(StageConfig):
 
     threads: PositiveInt = execution(4, "shards read at once", le=256)
     most: PositiveInt = execution(1000, "findings told before the rest is only counted")
+    reproduce: int = execution(0, "rows of every score set to compute again and compare, such as 20", ge=0)
+    weights: tuple[Path, ...] = execution(
+        (), "with --reproduce: a model's file or folder, found by its hash; may be repeated"
+    )
+
+
+class RemoveConfig(StageConfig):
+    """What is taken out of a dataset."""
+
+    list: str = identity(..., "a list with a column `uid` or `url`, or a .txt with one of both a line")
 
 
 class ShowConfig(StageConfig):

@@ -186,13 +186,13 @@ class ScoresWork:
             table = read_table(stage.folder, stage.file(segment.shard))
             pieces.append(table.take(pa.array(segment.rows)))
         table = pa.concat_tables(pieces).replace_schema_metadata(_bare(pieces[0].schema.metadata)).combine_chunks()
-        counts = _score_counts(table)
+        counts = score_counts(table)
         digest = self.target.stage("pairs").digest(shard)
         write_table(self.target.folder, self.target.stage(self.path).file(shard), table, counts, digest)
         return counts
 
 
-def _score_counts(table: pa.Table) -> dict[str, int]:
+def score_counts(table: pa.Table) -> dict[str, int]:
     """Rows by state, where the scorer wrote one; else rows with a score and rows without any."""
     for name in table.column_names:
         if name.endswith("state"):

@@ -17,6 +17,8 @@ from curation.config import DownloadConfig
 from curation.download import download
 from curation.filter import filter_dataset
 from curation.filter_config import FilterConfig
+from curation.maintenance_config import RemoveConfig
+from curation.remove import remove
 from extractors.clip import score_clip
 from extractors.config import ClipScoreConfig, PatchesConfig
 from extractors.patches import extract_patches
@@ -77,6 +79,15 @@ def selection(folder: Path, every: int) -> int:
     _start(folder)
     config = FilterConfig(output="best", where=("width >= 60",), sample=0.5)
     return _stage(folder, every, lambda dataset: filter_dataset(dataset, config))
+
+
+def removal(folder: Path, every: int) -> int:
+    """Pairs and patches of one shard, of which a row is taken out."""
+    start = Dataset.open(_start(folder))
+    extract_patches(start, PatchesConfig(size=32, patch=16, workers=0))
+    (folder / "requests.txt").write_text("http://example.com/2.jpg\n")
+    config = RemoveConfig(list=str(folder / "requests.txt"))
+    return _stage(folder, every, lambda dataset: remove(dataset, config))
 
 
 def pairs_from_web(folder: Path, every: int, base: str) -> int:
