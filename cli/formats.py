@@ -89,7 +89,10 @@ IMPORT_CONFIGS: dict[str, type[ImportConfig]] = {
 }
 EXPORT_CONFIGS: dict[str, type[ExportConfig]] = {"arrow": ArrowExportConfig}
 # Options that mean nothing to a format.
-HIDDEN: dict[str, tuple[str, ...]] = {"text": ("caption_key", "uid_key", "max_bytes", "max_pixels")}
+HIDDEN: dict[str, tuple[str, ...]] = {
+    "text": ("caption_key", "uid_key", "max_bytes", "max_pixels"),
+    "datacomp": ("max_bytes", "max_pixels"),
+}
 
 
 @importer.callback()

@@ -63,13 +63,13 @@ def _sample(images: Images, where: str, entry: dict[str, Any], about: Meeting, c
     if not isinstance(entry.get("regions"), list):
         raise PairmillError(f"{where}: it has no `regions`. Take region_descriptions.json of Visual Genome.")
     regions = [r for r in entry["regions"] if isinstance(r, dict)]
-    key = "phrase" if not config.caption_key else config.caption_key[0]
-    told = [r for r in regions if isinstance(r.get(key), str) and r[key].strip()]
+    keys = config.caption_key or ("phrase",)
+    told = [(r, r[key]) for r in regions for key in keys if isinstance(r.get(key), str) and r[key].strip()]
     image_id = next((r["image_id"] for r in regions if r.get("image_id") is not None), entry.get("id"))
-    values: dict[str, Any] = {"image_id": image_id, "captions": [r[key] for r in told]}
+    values: dict[str, Any] = {"image_id": image_id, "captions": [text for _, text in told]}
     if told:
-        values["regions"] = [[r.get(side) for side in _BOX] for r in told]
-        values["region_ids"] = [r.get("region_id") for r in told]
+        values["regions"] = [[r.get(side) for side in _BOX] for r, _ in told]
+        values["region_ids"] = [r.get("region_id") for r, _ in told]
     values |= {k: v for k, v in about.entry(image_id).items() if v is not None}
     name = f"{image_id}.jpg" if _ID.match(str(image_id)) else ["no name"]
     return sample_of(images, where, name, {}, values, config.model_copy(update={"caption_key": ()}))
