@@ -200,19 +200,18 @@ def size_map_svg(
     body = [f'<rect class="ground" x="{left}" y="{top}" width="{side}" height="{side}"/>']
     for x, y, rows, kept in cells:
         spans = " × ".join(f"{edges[i]:.0f}–{edges[i + 1]:.0f}" for i in (x, y))
-        told = f"{spans} px: {rows:,} images" + ("" if kept is None else f", {kept:,} kept")
+        title = f"{spans} px: {rows:,} images" + ("" if kept is None else f", {kept:,} kept")
         body.append(
             f'<rect class="cell" x="{left + x * cell:.1f}" y="{base - (y + 1) * cell:.1f}" width="{cell:.2f}" '
             f'height="{cell:.2f}" fill-opacity="{0.14 + 0.86 * math.log1p(rows) / most:.2f}">'
-            f"<title>{escape(told)}</title></rect>"
+            f"<title>{escape(title)}</title></rect>"
         )
     body.append(f'<line class="diagonal" x1="{left}" y1="{base}" x2="{left + side}" y2="{top}"/>')
-    marks = [16 << i for i in range(12) if edges[0] <= 16 << i <= edges[-1]]
-    marks = marks if len(marks) > 1 else [round(edges[0]), round(edges[-1])]
-    for px in marks:
-        at = min(max(place(px), 0.0), side)
-        body.append(_text(left + at, base + 15, f"{px:,}"))
-        body.append(_text(left - 6, base - at + 4, f"{px:,}", "end"))
+    told = [16 << i for i in range(12) if edges[0] <= 16 << i <= edges[-1]]
+    for mark in told if len(told) > 1 else [round(edges[0]), round(edges[-1])]:
+        at = min(max(place(mark), 0.0), side)
+        body.append(_text(left + at, base + 15, f"{mark:,}"))
+        body.append(_text(left - 6, base - at + 4, f"{mark:,}", "end"))
     for name, values in (thresholds or {}).items():
         for px in (v for v in values if edges[0] < v < edges[-1] and name in columns):
             at = place(px)

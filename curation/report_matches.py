@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from curation.charts import number
 from curation.matches import read_matches
 from curation.rules import Match
 from curation.thumbnails import MAX_CAPTION, groups_of, thumbnail
@@ -63,7 +64,7 @@ def side_by_side(
 
 def _group(group: Sequence[Match], pictures: Mapping[int, Picture]) -> dict[str, Any]:
     first = group[0]
-    dropped = [{**pictures[m.row], "value": m.value} for m in group]
+    dropped = [{**pictures[m.row], "value": None if m.value is None else number(m.value)} for m in group]
     if first.like is not None:
         return {"size": first.group, "stays": pictures[first.like], "other": None, "dropped": dropped}
     if first.other is None and first.image is None and first.caption is None:

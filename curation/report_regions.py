@@ -29,7 +29,7 @@ def region_pictures(dataset: Dataset, seed: int, most: int, row_groups: int) -> 
     At most `most` and six pictures a set, from at most so many `row_groups`; those with several boxes of confidence 0.5
     or more first. `data` is a JPEG in base64.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for stage in dataset.stages():
         if stage.kind == "features" and len(found) < MAX_SETS and (done := sorted(stage.done())):
             one = _of_set(dataset, stage, done[0], seed, min(most, PICTURES), row_groups)
