@@ -61,7 +61,7 @@ def object_items(opener: Opener, where: str) -> Iterator[tuple[str, Any]]:
             raise PairmillError(f"{where} is no JSON object: it begins with {start!r}.")
         for key in cursor.each_key():
             items = cursor.items() if cursor.peek() == "[" else iter((cursor.value(),))
-            first = next(items, [])
+            first: Any = next(items, [])
             yield key, first
             for item in items:
                 yield key, item

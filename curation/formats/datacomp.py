@@ -104,7 +104,7 @@ def _write_set(dataset: Dataset, path: str, dim: int, model: str, pairs: Iterato
     columns = {"clip_image": about, "clip_text": about}
     made = make_sidecar("import datacomp", stage.name, (FEATURES, VERSION), StageConfig(), about, columns)
     stage.begin(made, "Choose another place with -o.")
-    schema, standing = features_schema(clip_embedding_fields(dim), about), stage.standing()
+    schema, standing = features_schema(clip_embedding_fields(dim), dict(about)), stage.standing()
     for shard, rows in enumerate(dataset.manifest.shards):
         if shard in standing:
             for _ in range(rows):
@@ -227,7 +227,7 @@ class Writer:
         return out | {theirs: row[ours] for ours, theirs in self.carried.items()}
 
     def finish(self, folder: Folder, sizes: Sequence[int]) -> None:
-        uids = np.empty(sum(sizes), "u8,u8")
+        uids: np.ndarray = np.empty(sum(sizes), "u8,u8")
         at = 0
         for number in range(len(sizes)):
             with open_parquet(folder, f"{number:05d}.parquet") as file:

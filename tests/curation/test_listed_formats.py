@@ -132,6 +132,14 @@ def test_any_captions_and_columns_come_back(format, table):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_odd_captions_come_back_as_they_were(tmp_path, format):
+    odd = ["a\r\nb", "a\tb", "", " ", 'say "x', "<image>", "\u2028", "a\0b", "null"]
+    made = make_dataset(tmp_path / "d", shards=1, rows=len(odd), captions={(0, i): [c] for i, c in enumerate(odd)})
+    export_pairs(format, made, tmp_path / "out", ExportConfig(), silent)
+    assert told(take(format, tmp_path / "out", tmp_path / "back"), "caption") == [(c,) for c in odd]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_equal_datasets_give_equal_exports_and_a_rerun_does_nothing(source, tmp_path, format):
     for name in ("a", "b"):
         export_pairs(format, source, tmp_path / name, ExportConfig(shard_rows=4), silent)
