@@ -42,7 +42,8 @@ class Finding:
 def check(dataset: Dataset | str | Path, config: CheckConfig, emit: Emit) -> list[Finding]:
     """Every fault found, in the order pairs, input, scores, features, tasks, selections, left-over files.
 
-    What is damaged is a finding, not an exception; only what is no dataset at all raises PairmillError.
+    What is damaged is a finding, not an exception; only what is no dataset at all raises PairmillError, and weights
+    for `config.reproduce` that are not there. Scores that differ when computed again come last.
     """
     dataset = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
     jobs = list(_jobs(dataset))
@@ -55,6 +56,10 @@ def check(dataset: Dataset | str | Path, config: CheckConfig, emit: Emit) -> lis
             rows += count
             findings += found[: max(0, config.most - len(findings))]
             emit(Progress("check", rows, len(findings)))
+    if config.reproduce:
+        from curation.reproduce import reproduce  # models are heavy
+
+        findings += reproduce(dataset, config, emit)
     emit(StageFinished("check", len(jobs), (), time.monotonic() - start, {"findings": len(findings)}))
     return findings
 

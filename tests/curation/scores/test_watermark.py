@@ -11,10 +11,12 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms as T
 
+from curation.check import check
+from curation.maintenance_config import CheckConfig
 from curation.scores.config import WatermarkScoreConfig
 from curation.scores.watermark import score_watermark
 from schemas.errors import PairmillError
-from schemas.events import StageFinished
+from schemas.events import Notice, StageFinished
 from shards.dataset import PAIRS, Dataset
 from shards.images import decode_rgb
 from shards.reader import read_table
@@ -106,6 +108,16 @@ def test_a_rerun_completes_to_the_same_bytes(dataset: Dataset, detector: tuple[P
     dataset.folder.remove(stage.file(1))
     assert run(dataset, detector[0]).done == 1
     assert [dataset.folder.read_bytes(stage.file(s)) for s in range(2)] == before
+
+
+@pytest.mark.usefixtures("small")
+def test_check_computes_it_again(dataset: Dataset, detector: tuple[Path, nn.Module]):
+    path, _ = detector
+    run(dataset, path, watermark_class=1)
+    events: list = []
+    assert check(dataset, CheckConfig(reproduce=2, weights=(path,)), events.append) == []
+    told = [e.text for e in events if isinstance(e, Notice)]
+    assert told == ["scores/watermark: 2 rows computed again, all within 0.001."]
 
 
 def test_another_network_is_refused_and_nothing_written(dataset: Dataset, tmp_path: Path):
