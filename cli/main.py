@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("cli.train", "Train a model from shards and a selection."),
     "models": ("cli.train", "List models: inputs, objectives, tasks, presets."),
     "task": ("cli.evaluate", "Import a benchmark's official files as a task set."),
+    "run": ("cli.recipe", "Run the stages of a recipe, a YAML file, in order."),
     "evaluate": ("cli.evaluate", "Evaluate a run or a checkpoint on a task set."),
 }
 

@@ -37,6 +37,32 @@ class Common:
         return Drawer(verbose=self.verbose, quiet=self.quiet, log_file=self.log_file)
 
 
+@dataclass(frozen=True)
+class Handler:
+    """What stands behind a command: `run recipe.yaml` calls it without a command line.
+
+    config  the model its options come from, or None; `hide` are fields of it that are no options
+    own     the handler's other parameters
+    """
+
+    call: Callable[..., Any]
+    config: type[StageConfig] | None
+    hide: tuple[str, ...]
+    partial: bool
+    own: tuple[inspect.Parameter, ...]
+
+    @property
+    def fields(self) -> dict[str, FieldInfo]:
+        """The configuration's fields that are options."""
+        known = {} if self.config is None else self.config.model_fields
+        return {name: field for name, field in known.items() if name not in self.hide}
+
+
+def handler_of(found: Any) -> Handler | None:
+    """The handler of a command as Typer made it; None for one that `command` did not register."""
+    return getattr(found.callback, "handler", None)
+
+
 def new_app(**settings: Any) -> typer.Typer:
     """A Typer whose help is plain text, as the main command's."""
     return typer.Typer(rich_markup_mode=None, no_args_is_help=True, **settings)
@@ -58,8 +84,9 @@ def command(
 
     def register(handler: F) -> F:
         special = ("config", "given", "common")
-        own = [p for n, p in inspect.signature(handler, eval_str=True).parameters.items() if n not in special]
-        fields = {} if config is None else {n: f for n, f in config.model_fields.items() if n not in hide}
+        own = tuple(p for n, p in inspect.signature(handler, eval_str=True).parameters.items() if n not in special)
+        stage = Handler(handler, config, hide, partial, own)
+        fields = stage.fields
 
         @functools.wraps(handler)
         def call(**flags: Any) -> Any:
@@ -75,6 +102,7 @@ def command(
         parameters = [*own, *(_parameter(n, f, partial) for n, f in fields.items()), *_common_parameters()]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
+        call.handler = stage  # type: ignore[attr-defined]
         text = inspect.cleandoc(handler.__doc__ or "")
         app.command(name, help=text + (f"\n\nExample: {example}" if example else ""))(call)
         return handler

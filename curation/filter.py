@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
 
 from curation.filter_config import FilterConfig
 from curation.funnel import Curve, FunnelStep, Ledger, far_outside, what_if
@@ -19,7 +18,7 @@ from curation.presets import Preset, preset
 from curation.rulebook import rule_class
 from curation.rules import Rule
 from curation.table import Table
-from schemas.config import build_config
+from schemas.config import build_config, read_yaml
 from schemas.errors import PairmillError, suggest
 from schemas.events import Emit, Notice, silent
 from schemas.status import NO_IMAGE, SUCCESS
@@ -27,7 +26,6 @@ from shards.dataset import Dataset
 from shards.locks import lock
 from shards.select import feature_fingerprints, made_from, read_selection, selection_about, write_selection
 
-MAX_RECIPE_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")
 RuleItem = Mapping[str, Any]
 
@@ -127,16 +125,7 @@ def read_recipe(path: str | Path) -> list[RuleItem]:
 
     Raises PairmillError: no such file, larger than 1 MiB, not YAML, unknown keys.
     """
-    try:
-        with Path(path).open("rb") as stream:
-            text = stream.read(MAX_RECIPE_BYTES + 1)
-        if len(text) > MAX_RECIPE_BYTES:
-            raise PairmillError(f"{path} is larger than 1 MiB: not a recipe.")
-        found = yaml.safe_load(text)
-    except OSError as error:
-        raise PairmillError(f"{path} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise PairmillError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    found = read_yaml(path)
     if isinstance(found, dict):
         unknown = [k for k in found if k != "rules"]
         if unknown:
@@ -304,7 +293,7 @@ def _about(
     dataset: Dataset, rules: Sequence[Rule[Any]], items: Sequence[RuleItem], start: str | None
 ) -> dict[str, Any]:
     """The recipe as it can be run again: presets written out, defaults left out."""
-    written = [{r.kind: r.config.model_dump(mode="json", exclude_defaults=True)} for r in rules]
+    written = [{r.kind: r.recorded()} for r in rules]
     about: dict[str, Any] = {"rules": written}
     names = [str(i["preset"]) for i in items if "preset" in i]
     if names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from schemas.errors import PairmillError, suggest
 
 C = TypeVar("C", bound="StageConfig")
+MAX_RECIPE_BYTES = 1 << 20
 
 
 def identity(default: Any, description: str, **options: Any) -> Any:
@@ -61,6 +63,22 @@ def build_config(cls: type[C], values: dict[str, Any], where: str) -> C:
             else:
                 lines.append(f"`{name}`: {item['msg']}, got {item['input']!r}.")
         raise PairmillError(f"{where}: " + " ".join(lines)) from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a recipe's file holds. Raises PairmillError: no such file, larger than 1 MiB, not YAML."""
+    import yaml
+
+    try:
+        with Path(path).open("rb") as stream:
+            text = stream.read(MAX_RECIPE_BYTES + 1)
+        if len(text) > MAX_RECIPE_BYTES:
+            raise PairmillError(f"{path} is larger than 1 MiB: not a recipe.")
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise PairmillError(f"{path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise PairmillError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
 
 
 def fingerprint(fields: dict[str, Any]) -> str:
