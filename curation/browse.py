@@ -6,6 +6,7 @@ are kept. What only orders rows (likeness) is no part of a recipe.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import threading
@@ -18,7 +19,7 @@ import polars as pl
 import yaml
 
 from curation.browse_columns import SEPARATOR, Codes, Columns, Memory, Numbers
-from curation.browse_config import KEPT, Query
+from curation.browse_config import KEPT, Query, Range
 from curation.browse_similar import Embeddings, TextTower, Twins, embedding_sets, find_set, text_tower, twin_set
 from curation.expressions import compile_predicate
 from curation.filter import FilterResult, make_selection
@@ -31,10 +32,12 @@ from shards.select import selections
 
 PAGE = 60
 MAX_PAGE = 500
+MAX_CAPTION = 300
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)?\Z")
 _WORDS = re.compile(r'(-?)(?:"([^"]*)(?:"|$)|([^\s"]+))')  # a quote that is still open goes to the end
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # what Rust's regex::escape escapes
 _ESCAPED = r"\\\g<0>"
+_DEDUP = "The rule `dedup` with `near: hash.phash` drops all duplicates."
 Mask = np.ndarray
 
 
@@ -100,6 +103,9 @@ class View:
         self.rows = len(dataset)
         self.sets = embedding_sets(dataset)
         self.twins = twin_set(self.table, self.columns.sets)
+        self.copies = f"{self.twins}.copies"
+        if self.twins is not None and self.copies not in self.table.columns:
+            self.columns.add_made(self.copies, lambda: self._twins().copies())
         self._embeddings = {s.name: Embeddings(s) for s in self.sets}
         self._tower: tuple[str, TextTower] | None = None
         self._one = threading.RLock()
@@ -127,6 +133,19 @@ class View:
             shown = None if key is None else _shown(query, key[rows])
             total, keepable = int(np.count_nonzero(mask)), int(np.count_nonzero(mask & successes))
             return Found(total, keepable, rows, shown, int(rows[-1]) if more else None)
+
+    def cards(self, found: Found) -> list[dict[str, Any]]:
+        """What a grid shows of each row: number, caption (cut to 300 characters), status, what it was ordered by."""
+        values = found.values or [None] * len(found.rows)
+        with self._one:
+            captions = self.columns.captions().gather(found.rows)
+            codes = self.columns.codes("status")
+        said = [t if t is None or len(t) <= MAX_CAPTION else t[: MAX_CAPTION - 1] + "…" for t in captions]
+        status = [codes.values[c] for c in codes.codes[found.rows]]
+        names = ("number", "caption", "status", "value")
+        return [
+            dict(zip(names, row, strict=True)) for row in zip(found.rows.tolist(), said, status, values, strict=True)
+        ]
 
     def counts(self, query: Query, columns: Sequence[str] = ()) -> dict[str, Any]:
         """Histograms of `columns` and facets, each among the rows that all other conditions leave.
@@ -179,8 +198,7 @@ class View:
         for one in query.ranges:
             rule = _range_rule(one.column, one.low, one.high)
             if rule is not None:
-                values = self.number(one.column).values
-                out.append(Condition(one.column, self._mask(rule, values.rename(one.column)), rule))
+                out.append(self._between(one, rule))
         for column, wanted in query.only.items():
             out.append(self._only(column, wanted))
         if query.reasons:
@@ -193,13 +211,20 @@ class View:
             out.append(Condition("twins", self.twins_of(query.twins), None))
         return out
 
-    def _mask(self, rule: str, values: pl.Series) -> Mask:
-        def make() -> Mask:
-            compiled = compile_predicate(rule, self.table)
-            found = pl.DataFrame([values]).select(keep=compiled.expr)["keep"]
-            return found.fill_null(False).to_numpy()
+    def _between(self, one: Range, rule: str) -> Condition:
+        values = self.number(one.column).values.rename(one.column)
+        made = one.column in self.columns.made
 
-        return self.memory.get(("mask", rule), make, lambda m: m.nbytes)
+        def make() -> Mask:
+            if made:
+                low = -math.inf if one.low is None else one.low
+                high = math.inf if one.high is None else one.high
+                return values.is_between(low, high).fill_null(False).to_numpy()
+            keep = compile_predicate(rule, self.table).expr
+            return pl.DataFrame([values]).select(keep=keep)["keep"].fill_null(False).to_numpy()
+
+        mask = self.memory.get(("mask", rule), make, lambda m: m.nbytes)
+        return Condition(one.column, mask, None if made else rule)
 
     def _words(self, without: bool, word: str) -> Condition:
         low = word.lower()
@@ -229,7 +254,11 @@ class View:
 
         def make() -> np.ndarray:
             values = self.number(str(query.sort)).values.cast(pl.Float64).fill_null(np.nan).to_numpy()
-            return np.where(np.isnan(values), np.inf, -values if query.descending else values)
+            key = np.where(np.isnan(values), np.inf, -values if query.descending else values)
+            if query.sort == self.copies:  # groups of one size one after another
+                group = self._twins().groups()
+                key = key + group / (group.max() + 1.0)
+            return key
 
         return self.memory.get(("key", query.sort, query.descending), make, lambda k: k.nbytes)
 
@@ -259,11 +288,13 @@ class View:
     def twins_of(self, row: int) -> Mask:
         """bool [rows]: the row and those that show the same picture. Raises PairmillError without hashes."""
         self.check_row(row)
+        return self._twins().of(row)
+
+    def _twins(self) -> Twins:
         if self.twins is None:
             raise PairmillError(f"{self.dataset.url} has no hashes of its pictures. Make them: pairmill score hash")
         group = self.twins
-        held = self.memory.get(("twins", group), lambda: Twins(self.table, group), lambda t: t.nbytes)
-        return held.of(row)
+        return self.memory.get(("twins", group), lambda: Twins(self.table, group), lambda t: t.nbytes)
 
     def check_row(self, row: int) -> None:
         """Raises PairmillError where there is no such row."""
@@ -273,7 +304,9 @@ class View:
     def recipe(self, query: Query) -> Recipe:
         """The query's conditions as rules. Raises PairmillError for those that no rule can say, and for none."""
         if query.twins is not None:
-            raise PairmillError("Twins of one row are no rule: clear them first. `dedup near` drops all duplicates.")
+            raise PairmillError(f"Twins of one row are no rule: clear them first. {_DEDUP}")
+        if any(r.column in self.columns.made for r in query.ranges):
+            raise PairmillError(f"`{self.copies}` is no rule: clear it first. {_DEDUP}")
         with self._one:
             conditions = self.conditions(query)
         start = query.selection if query.reasons == (KEPT,) else None

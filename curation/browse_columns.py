@@ -108,12 +108,18 @@ class Columns:
     def __init__(self, table: Table, memory: Memory) -> None:
         self.table, self.memory = table, memory
         self.rows = len(table.dataset)
+        self.made: dict[str, Callable[[], pl.Series]] = {}
         whole = range(table.dataset.num_shards)
         self.sets = [n for n, s in table.score_sets.items() if s.standing() >= set(whole)]
         self.unfinished = sorted(set(table.score_sets) - set(self.sets))
         self.numbers = [c for c in table.columns if self._is_number(c)]
         candidates = ["status", *(c for c in table.columns if self._may_be_facet(c))]
         self.facets = [c for c in candidates if self._few(c)]
+
+    def add_made(self, column: str, make: Callable[[], pl.Series]) -> None:
+        """A column of numbers that is computed when it is first asked for."""
+        self.made[column] = make
+        self.numbers.append(column)
 
     def _is_number(self, full: str) -> bool:
         group, kind = self.table.set_of(full), self.table.columns[full]
@@ -135,7 +141,10 @@ class Columns:
         return self.memory.get(("number", column), lambda: self._read_number(column), lambda n: n.nbytes)
 
     def _read_number(self, column: str) -> Numbers:
-        values = self.table.frame([column]).collect(engine="streaming")[column]
+        if column in self.made:
+            values = self.made[column]()
+        else:
+            values = self.table.frame([column]).collect(engine="streaming")[column]
         numbers = values.cast(pl.Float64).to_numpy()
         there = numbers[np.isfinite(numbers)]
         if not len(there):
@@ -178,6 +187,14 @@ class Columns:
     def forget_reasons(self, selection: str) -> None:
         """After a selection was written anew."""
         self.memory.drop(("reasons", selection))
+
+    def captions(self) -> pl.Series:
+        """The caption of each row."""
+
+        def read() -> pl.Series:
+            return self.table.frame(["caption"]).collect(engine="streaming")["caption"]
+
+        return self.memory.get("captions", read, lambda s: int(s.estimated_size()))
 
     def haystack(self) -> pl.Series:
         """Caption and url of each row in lower case: where words are looked for."""

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from curation.groups import rich
+from curation.hamming import groups
 from curation.table import Table
 from schemas.errors import PairmillError, suggest
 from schemas.sidecars import Sidecar
@@ -21,8 +23,9 @@ from shards.reader import MappedShard
 from shards.scan import starts
 
 IMAGE = "clip_image"
-FINE = 4096  # the most alike rows are computed again in fp32: fp16 has steps of 2e-4 near 0.3
+FINE = 1024  # the most alike rows are computed again in fp32: fp16 has steps of 2e-4 near 0.3
 NEAR_BITS = 4
+FLAT_BITS = 8  # as `dedup near` has it by default
 _THREADS = 2
 
 
@@ -80,7 +83,7 @@ class Embeddings:
     def likeness(self, vector: np.ndarray) -> np.ndarray:
         """fp32 [rows]: the cosine of every row's image with `vector` fp32 [D]; NaN where a row has no embedding.
 
-        In fp16, but for the 4096 most alike rows, which are computed in fp32. Raises PairmillError where the dimensions
+        In fp16, but for the 1024 most alike rows, which are computed in fp32. Raises PairmillError where the dimensions
         differ.
         """
         import torch
@@ -89,19 +92,26 @@ class Embeddings:
         dim = blocks[0].vectors.shape[1] if blocks else len(vector)
         if len(vector) != dim:
             raise PairmillError(f"{self.stage.path} has embeddings of {dim} numbers, this one has {len(vector)}.")
-        rows = int(starts(self.stage.dataset)[-1])
-        out: np.ndarray = np.full(rows, np.nan, np.float32)
         query = torch.from_numpy(np.ascontiguousarray(vector, np.float32))
         half = query.half()
+        products = torch.empty(int(starts(self.stage.dataset)[-1]), dtype=torch.float16)
 
-        def coarse(block: _Block) -> None:
-            found = torch.mv(block.vectors, half).float().numpy()
+        def coarse(part: list[_Block]) -> None:
+            with torch.inference_mode():
+                for block in part:
+                    torch.mv(block.vectors, half, out=products[block.first : block.first + len(block.vectors)])
+
+        # A block is too small to be shared among torch's threads: they would only wait for each other.
+        before = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(coarse, _parts(blocks)))
+        finally:
+            torch.set_num_threads(before)
+        out: np.ndarray = products.float().numpy()
+        for block in blocks:
             if block.nulls is not None:
-                found[block.nulls] = np.nan
-            out[block.first : block.first + len(found)] = found
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(lambda part: [coarse(b) for b in part], _parts(blocks)))
+                out[block.first + np.flatnonzero(block.nulls)] = np.nan
         self._refine(out, query)
         return out
 
@@ -114,10 +124,10 @@ class Embeddings:
         blocks = self.blocks()
         firsts = np.array([b.first for b in blocks])
         owner = np.searchsorted(firsts, best, side="right") - 1
-        for number in np.unique(owner).tolist():
-            rows = best[owner == number]
-            vectors = blocks[number].vectors[torch.from_numpy(rows - firsts[number])].float()
-            scores[rows] = torch.mv(vectors, query).numpy()
+        places = zip(owner.tolist(), (best - firsts[owner]).tolist(), strict=True)
+        vectors = [blocks[number].vectors[at] for number, at in places]
+        if vectors:
+            scores[best] = torch.mv(torch.stack(vectors).float(), query).numpy()
 
 
 def _blocks(file: MappedShard, first: int) -> Iterator[_Block]:
@@ -230,13 +240,40 @@ class Twins:
         return self.phash.nbytes + self.valid.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
 
     def of(self, row: int) -> np.ndarray:
-        """bool [rows]: `row` itself and its twins; none where it has no hash."""
+        """bool [rows]: `row` itself and its twins; none where it has no hash.
+
+        A flat picture (see `curation.groups.rich`) has hardly a pHash: it is twin to equal pixels only.
+        """
+        out: np.ndarray = np.zeros(len(self.valid), bool)
         if not self.valid[row]:
-            return np.zeros(len(self.valid), bool)
-        found = self.valid & (np.bitwise_count(self.phash ^ self.phash[row]) <= NEAR_BITS)
+            return out
+        out[row] = True
         if self.pixels is not None:
-            found |= self.valid & (self.pixels == self.pixels[row])
-        return found
+            out |= self.valid & (self.pixels == self.pixels[row])
+        if rich(self.phash[row : row + 1], FLAT_BITS)[0]:
+            out |= self.valid & (np.bitwise_count(self.phash ^ self.phash[row]) <= NEAR_BITS)
+        return out
+
+    def groups(self) -> np.ndarray:
+        """int64 [rows]: rows of one group have one number, -1 without a hash: twins, and twins of twins."""
+        out: np.ndarray = np.full(len(self.valid), -1, np.int64)
+        some = self.valid & rich(self.phash, FLAT_BITS)
+        node, place = np.unique(self.phash[some], return_inverse=True)
+        out[some] = groups(node, NEAR_BITS)[place]
+        flat = self.valid & ~some
+        if self.pixels is not None:
+            equal = np.unique(self.pixels[flat], return_inverse=True)[1]
+        else:
+            equal = np.arange(int(flat.sum()))
+        out[flat] = len(node) + equal
+        return out
+
+    def copies(self) -> pl.Series:
+        """How many rows each row's group has; null without a hash."""
+        number = self.groups()
+        there = number[self.valid]
+        sizes = np.bincount(there, minlength=1)[np.maximum(number, 0)].astype(np.int32)
+        return pl.select(pl.when(pl.Series(self.valid)).then(pl.Series(sizes))).to_series()
 
 
 def _as_uint64(values: pl.Series) -> np.ndarray:

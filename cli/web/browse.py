@@ -8,7 +8,6 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -22,12 +21,9 @@ from curation.browse_rows import Pictures, region_sets, row_boxes, row_values
 from schemas.errors import PairmillError
 from schemas.events import Emit, Notice, silent
 from shards.dataset import Dataset
-from shards.scan import rows_at
 from shards.select import selections
 
 FILES = ("browse.html", "browse.css", "browse.js", "icon.svg")
-CARD = ("caption", "status", "width", "height")
-MAX_CAPTION = 300
 _DAY = {"cache-control": "private, max-age=3600"}
 BROKEN = page_files("broken.svg")["broken.svg"]
 _PAGING = ("after", "limit", "counts", "histogram")
@@ -168,7 +164,7 @@ def _add_rows(app: FastAPI, opened: Opened) -> None:
         answer = {
             "total": found.total,
             "keepable": found.keepable,
-            "rows": cards(view, found.rows.tolist(), found.values),
+            "rows": view.cards(found),
             "next": found.next,
         }
         if "counts" in paging:
@@ -205,20 +201,6 @@ def _jpeg(data: bytes | None) -> Response:
         sign, kind = BROKEN
         return Response(sign, media_type=kind)
     return Response(data, media_type="image/jpeg", headers=_DAY)
-
-
-def cards(view: View, rows: list[int], values: list[float | None] | None) -> list[dict[str, Any]]:
-    """What the grid shows of each row, in the order given; `value` is what it was ordered by."""
-    ascending = np.unique(np.array(rows, np.int64))
-    read = rows_at(view.table.pairs, ascending, CARD).iter_rows(named=True)
-    found = dict(zip(ascending.tolist(), read, strict=True))
-    out = []
-    for i, row in enumerate(rows):
-        one = found[row]
-        caption = one["caption"]
-        short = caption if caption is None or len(caption) <= MAX_CAPTION else caption[: MAX_CAPTION - 1] + "…"
-        out.append({"number": row, **one, "caption": short, "value": None if values is None else values[i]})
-    return out
 
 
 def _add_selections(app: FastAPI, opened: Opened) -> None:

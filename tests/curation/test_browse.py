@@ -14,10 +14,15 @@ from curation.browse import View, page
 from curation.browse_columns import Memory
 from curation.browse_config import Query, Range, parse_query
 from curation.filter import make_selection, read_recipe
+from schemas.config import StageConfig
 from schemas.errors import PairmillError
+from schemas.features import clip_embedding_fields, features_schema, scores_schema
+from schemas.sidecars import make_sidecar
 from shards.dataset import Dataset
 from shards.select import read_selection
+from shards.writer import write_features, write_table
 from tests.curation.scored import numbered, write_dataset, write_scores
+from tests.extractors.tiny_clip import save_clip
 
 ROWS = 120
 WORDS = ["Red", "dog", "it's", "ÄRGER", "100%", "a_b", "back\\slash", 'quo"te', "犬", "dog's"]
@@ -323,3 +328,91 @@ def test_memory_is_bounded_and_what_goes_comes_again(data):
     query = Query(text="dog", ranges=(Range(column="width", low=100),), sort="clip-b.score")
     assert small.search(query).rows.tolist() == large.search(query).rows.tolist()
     assert small.memory.held <= 1000 < large.memory.held
+
+
+@pytest.fixture(scope="module")
+def hashed(tmp_path_factory):
+    """Rows 0 to 3 a chain of pHashes 4 bits apart, 4 alone, 5 and 6 flat and equal, 7 flat, 8 without a hash."""
+    chain = [0x0F0F0F0F0F0F0F0F ^ m for m in (0, 0xF, 0xFF, 0xFFF)]
+    phash = [*chain, 0x123456789ABCDEF0, 0, 0, 0, None]
+    pixels = [bytes([i]) * 32 for i in (0, 1, 2, 3, 4, 5, 5, 7, 8)]
+    dataset = write_dataset(tmp_path_factory.mktemp("hashed") / "ds", numbered(9, 2))
+    write_scores(dataset, "hash", {"phash": phash}, pa.uint64())
+    stage = dataset.stage("scores/hash")
+    start = 0
+    for shard, rows in enumerate(dataset.manifest.shards):
+        fields = [pa.field("phash", pa.uint64()), pa.field("pixel_sha256", pa.binary(32))]
+        columns = [pa.array(v[start : start + rows], f.type) for v, f in zip((phash, pixels), fields, strict=True)]
+        table = pa.Table.from_arrays(columns, schema=scores_schema(fields))
+        write_table(dataset.folder, stage.file(shard), table, {}, dataset.stage("pairs").digest(shard))
+        start += rows
+    return View(Dataset.open(dataset.url))
+
+
+def test_twins_are_near_by_hash_or_equal_in_pixels(hashed):
+    found = {row: hashed.search(Query(twins=row)).rows.tolist() for row in range(9)}
+    want = {0: [0, 1], 1: [0, 1, 2], 2: [1, 2, 3], 3: [2, 3], 4: [4], 5: [5, 6], 6: [5, 6], 7: [7], 8: []}
+    assert found == want
+
+
+def test_copies_count_groups_and_lay_them_side_by_side(hashed):
+    assert hashed.columns.numbers[-1] == "hash.copies"
+    assert hashed.number("hash.copies").values.to_list() == [4, 4, 4, 4, 1, 2, 2, 1, None]
+    several = parse_query([("range", "hash.copies:2:"), ("sort", "-hash.copies")])
+    assert hashed.search(several).rows.tolist() == [0, 1, 2, 3, 5, 6]
+    assert sum(hashed.counts(several, ["hash.copies"])["histograms"]["hash.copies"]["now"]) == 8
+    with pytest.raises(PairmillError, match="is no rule"):
+        hashed.recipe(several)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """(view, embeddings fp16 [rows, 8]); every seventh row has none."""
+    rows = 1500
+    dataset = write_dataset(tmp_path_factory.mktemp("embedded") / "ds", numbered(rows, 3))
+    vectors = np.random.default_rng(3).normal(size=(rows, 8)).astype(np.float32)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    stage = dataset.stage("features/clip")
+    about = {"clip_image": {"what": "image embedding", "model": "toy", "weights": "0"}}
+    sidecar = make_sidecar("score clip", "clip", ("features", 1), StageConfig(), columns=about)
+    stage.begin(sidecar, "")
+    schema = features_schema(clip_embedding_fields(8)[:1])
+    for shard in range(3):
+        digest = dataset.stage("pairs").digest(shard)
+        with write_features(dataset.folder, stage.file(shard), schema, digest) as writer:
+            for row in range(500 * shard, 500 * shard + 500):
+                there = row % 7 != 0
+                writer.append({"state": "ok" if there else "skipped", "clip_image": vectors[row] if there else None})
+    return View(Dataset.open(dataset.url)), vectors
+
+
+def test_likeness_is_the_cosine_and_orders_rows(embedded):
+    view, vectors = embedded
+    found = view.search(Query(like=8), limit=500)
+    want = vectors.astype(np.float32) @ vectors[8].astype(np.float32)
+    want[::7] = -np.inf
+    assert found.rows[0] == 8
+    assert found.rows.tolist() == np.argsort(-want, kind="stable")[:500].tolist()
+    assert np.allclose(found.values, want[found.rows], atol=1e-6)
+    rest = view.search(Query(like=8), after=found.next, limit=500)
+    assert not set(rest.rows) & set(found.rows)
+    last = view.search(Query(like=8), after=rest.next, limit=500)
+    assert last.values[-1] is None  # rows without an embedding come last
+    assert last.total == 1500
+
+
+def test_what_has_no_embedding_or_no_model_is_told(embedded):
+    view, _ = embedded
+    with pytest.raises(PairmillError, match="has no embedding"):
+        view.search(Query(like=7))
+    with pytest.raises(PairmillError, match="is not at hand"):
+        view.search(Query(see="a dog"))
+    with pytest.raises(PairmillError, match="Did you mean `clip`"):
+        view.search(Query(like=8, features="clop"))
+    assert view.find_model(None, None) is None
+
+
+def test_a_model_that_made_none_of_the_embeddings_is_refused(embedded, tmp_path):
+    view, _ = embedded
+    with pytest.raises(PairmillError, match="made none of the embeddings"):
+        view.find_model(str(save_clip(tmp_path / "clip")), None)
