@@ -11,15 +11,19 @@ import sys
 import tarfile
 import threading
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curation.exporting import export_pairs
 from curation.importing import import_pairs
-from curation.maintenance_config import ImportConfig
+from curation.maintenance_config import ExportConfig, ImportConfig
 from schemas.events import silent
 from shards.dataset import Dataset
 from shards.images import header
+from shards.select import made_from, write_selection
+from tests.atomicity import tree
 from tests.curation.samples import all_rows
 from tests.make import encode, picture
 
@@ -39,7 +43,7 @@ if __name__ == "__main__":
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        data = PICTURES.get(self.path, b"not an image" if self.path == "/broken.jpg" else None)
+        data = PICTURES.get(self.path.partition("?")[0], b"not an image" if self.path == "/broken.jpg" else None)
         self.send_response(404 if data is None else 200)
         self.send_header("Content-Length", str(len(data or b"")))
         self.end_headers()
@@ -90,7 +94,17 @@ def test_layouts_as_it_writes_them_are_joined_by_key(tmp_path, layout):
     assert back[2]["error"] == "failed_to_download: <urlopen error timed out> at URL"
 
 
+def run_img2dataset(folder, list_, output, layout):
+    """Runs img2dataset itself, in a process of its own."""
+    (folder / "run.py").write_text(RUN)
+    place = {**os.environ, "WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    command = [sys.executable, "run.py", list_, output, layout]
+    done = subprocess.run(command, cwd=folder, env=place, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1000)  # it imports much, in each of its processes
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
 def test_its_output_is_taken_row_by_row(server, tmp_path, layout):
     pytest.importorskip("img2dataset", reason="img2dataset needs Python < 3.13")
@@ -98,11 +112,7 @@ def test_its_output_is_taken_row_by_row(server, tmp_path, layout):
     urls = [server + p for p in paths]
     texts = [f"caption, {i}" if i != 1 else None for i in range(len(urls))]
     pq.write_table(pa.table({"url": urls, "text": texts, "license": ["CC0"] * len(urls)}), tmp_path / "list.parquet")
-    (tmp_path / "run.py").write_text(RUN)
-    place = {**os.environ, "WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    command = [sys.executable, "run.py", "list.parquet", "out", layout]
-    done = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_img2dataset(tmp_path, "list.parquet", "out", layout)
 
     import_pairs("img2dataset", [str(tmp_path / "out")], tmp_path / "d", ImportConfig(shard_rows=5), silent)
     rows = all_rows(Dataset.open(tmp_path / "d"))
@@ -118,3 +128,37 @@ def test_its_output_is_taken_row_by_row(server, tmp_path, layout):
             assert row["stored_sha256"] == hashlib.sha256(row["image"]).digest() != row["sha256"]
             assert (row["original_height"], row["height"]) == (40, 32)
             assert (row["width"], row["height"]) == header(row["image"]).upright
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)  # it imports much, in each of its processes
+def test_it_goes_on_from_our_export(server, tmp_path):
+    """Two shards of a list are ours; img2dataset takes them for done and makes the third."""
+    pytest.importorskip("img2dataset", reason="img2dataset needs Python < 3.13")
+    urls = [f"{server}/{i % 7}.jpg?{i}" for i in range(11)]
+    texts = [f"caption {i}" for i in range(11)]
+    pq.write_table(pa.table({"url": urls, "text": texts, "license": ["CC0"] * 11}), tmp_path / "list.parquet")
+    run_img2dataset(tmp_path, "list.parquet", "whole", "webdataset")
+    import_pairs("img2dataset", [str(tmp_path / "whole")], tmp_path / "d", ImportConfig(shard_rows=8), silent)
+    dataset = Dataset.open(tmp_path / "d")
+    keep = np.arange(11) < 8
+    reasons = pa.array([None if k else "later" for k in keep], pa.string())
+    write_selection(dataset, "first", keep, reasons, {"rules": []}, made_from(dataset, []))
+    export_pairs("img2dataset", dataset, tmp_path / "out", ExportConfig(selection="first", shard_rows=4), silent)
+    ours = tree(tmp_path / "out")
+    run_img2dataset(tmp_path, "list.parquet", "out", "webdataset")
+    after = tree(tmp_path / "out")
+    assert {name: after.get(name) for name in ours} == ours
+    assert set(after) - set(ours) == {"00002.tar", "00002.parquet", "00002_stats.json"}
+    for shard in ("00000", "00001", "00002"):
+        names = {}
+        for folder in ("whole", "out"):
+            with tarfile.open(tmp_path / folder / f"{shard}.tar") as tar:
+                names[folder] = {m.name for m in tar}
+        assert names["out"] == names["whole"]
+        keys = [set(pq.read_table(tmp_path / f / f"{shard}.parquet")["key"].to_pylist()) for f in ("whole", "out")]
+        assert keys[0] == keys[1]
+        types = [pq.read_schema(tmp_path / f / f"{shard}.parquet") for f in ("whole", "out")]
+        assert set(types[0].names) <= set(types[1].names)
+    import_pairs("img2dataset", [str(tmp_path / "out")], tmp_path / "back", ImportConfig(), silent)
+    assert [r["url"] for r in all_rows(Dataset.open(tmp_path / "back"))] == urls
