@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from curation.filter_config import FilterConfig
+from curation.filter_config import FilterConfig, PresetConfig
 from curation.funnel import Curve, FunnelStep, Ledger, far_outside, what_if
 from curation.matches import put_matches
 from curation.presets import Preset, preset
@@ -108,7 +108,7 @@ def recipe_items(config: FilterConfig) -> list[RuleItem]:
         return read_recipe(config.rules)
     if config.rules is not None:
         return list(config.rules)
-    items: list[RuleItem] = [{"preset": config.preset}] if config.preset else []
+    items: list[RuleItem] = [{"preset": {"name": config.preset, "against": config.against}}] if config.preset else []
     items += [{"where": expr} for expr in config.where]
     if config.top is not None:
         size: dict[str, Any] = {"share": config.top} if config.top < 1 else {"count": int(config.top)}
@@ -145,12 +145,19 @@ def build_rules(table: Table, items: Sequence[RuleItem], emit: Emit = silent) ->
             raise PairmillError(f"{where}: expected one `NAME: settings`, such as `where: width >= 200`, got {item!r}.")
         (kind, settings), *_ = item.items()
         if kind == "preset":
-            known = preset(str(settings))
-            _check_needs(table, str(settings), known, emit)
-            out += [_build(table, part, f"{where} (preset {settings})") for part in known.rules]
+            chosen = _preset_config(settings, where)
+            known = preset(chosen.name)
+            rules = known.resolved(chosen.against, chosen.name)
+            _check_needs(table, chosen.name, known, emit)
+            out += [_build(table, part, f"{where} (preset {chosen.name})") for part in rules]
         else:
             out.append(_build(table, item, where))
     return out
+
+
+def _preset_config(settings: Any, where: str) -> PresetConfig:
+    values = dict(settings) if isinstance(settings, Mapping) else {"name": str(settings)}
+    return build_config(PresetConfig, values, f"{where}, `preset`")
 
 
 def _build(table: Table, item: RuleItem, where: str) -> Rule[Any]:
@@ -295,7 +302,7 @@ def _about(
     """The recipe as it can be run again: presets written out, defaults left out."""
     written = [{r.kind: r.recorded()} for r in rules]
     about: dict[str, Any] = {"rules": written}
-    names = [str(i["preset"]) for i in items if "preset" in i]
+    names = [_preset_config(i["preset"], "preset").name for i in items if "preset" in i]
     if names:
         about["presets"] = names
     if start is not None:

@@ -14,6 +14,8 @@ RULES: dict[str, str] = {
     "sample": "curation.rules:Sample",
     "split": "curation.rules:Split",
     "dedup": "curation.dedup:Dedup",
+    "decontaminate": "curation.decontaminate:Decontaminate",
+    "placeholder": "curation.placeholder:Placeholder",
     "cluster": "curation.cluster:Cluster",
     "balance": "curation.balance:Balance",
     "dedup_semantic": "curation.dedup_semantic:DedupSemantic",

@@ -77,6 +77,10 @@ class Rule(ABC, Generic[C]):
     def label(self) -> str:
         """What the rule is called in reasons and the funnel."""
 
+    def recorded(self) -> dict[str, Any]:
+        """The settings as the selection's recipe holds them, defaults left out."""
+        return self.config.model_dump(mode="json", exclude_defaults=True)
+
     @abstractmethod
     def inputs(self) -> dict[str, pl.Expr]:
         """Expressions over the whole table whose values `mark` needs."""

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,3 +80,12 @@ def test_a_joined_tree_has_its_smallest_node_as_root():
     parent = np.arange(6, dtype=np.int32)
     unite(parent, np.array([5, 4, 3], np.int32), np.array([4, 3, 1], np.int32))
     assert [int(hamming._roots(parent, np.array([n]))[0]) for n in range(6)] == [0, 1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("bits", "blocks"), [(1, 1), (2, 3), (3, 2), (4, 1)])
+def test_whatever_bits_differ_one_choice_has_none_of_them(bits, blocks):
+    free = [0, 3, 4, 9, 17, 40, 41, 63]
+    choices = list(hamming._choices(free, bits, blocks))
+    for differ in combinations(free, bits):
+        assert any(not set(differ) & set(chosen) for chosen, _ in choices)
+    assert all(sorted(chosen + rest) == free for chosen, rest in choices)
