@@ -61,6 +61,7 @@ class PresetConfig(StageConfig):
     """The rules of a published filter."""
 
     name: str = identity(..., "a preset; `docs/commands.md` lists them with their sources")
+    against: str | None = identity(None, "the target set of a preset that compares with one")
 
 
 class FilterConfig(StageConfig):
@@ -68,6 +69,7 @@ class FilterConfig(StageConfig):
 
     output: str | None = execution(None, "name of the selection to write; not needed with --dry-run")
     preset: str | None = identity(None, "a published filter, such as datacomp-clip-l14-30")
+    against: str | None = identity(None, "with a preset that needs one: the target set, a dataset or an .npy file")
     where: tuple[str, ...] = identity((), "keep rows for which this is true, in Polars SQL (repeatable)")
     top: float | None = identity(None, "keep the best: a share below 1, or a number of rows", gt=0)
     by: str | None = identity(None, "what --top ranks by, such as clip_score")
@@ -86,6 +88,8 @@ class FilterConfig(StageConfig):
             raise ValueError("--top and --by go together, such as --top 0.3 --by clip_score")
         if self.top is not None and self.top >= 1 and self.top != int(self.top):
             raise ValueError("--top is a share below 1 or a whole number of rows")
+        if self.against is not None and self.preset is None:
+            raise ValueError("--against goes with --preset; rules of a file name their own")
         flags = (self.preset, self.top, self.sample, self.split)
         if self.rules is not None and (self.where or any(f is not None for f in flags)):
             raise ValueError("--rules holds the whole recipe: write the other rules into it")

@@ -48,7 +48,7 @@ def test_download_score_filter_extract_train_over_s3(tmp_path, web, s3_url, monk
         ["train", "clip-tiny", ds, "-o", clip, *small],
         ["score", "clip", ds, "--model", clip],
         ["filter", ds, "-o", "best", "--top", "0.5", "--by", "clip_score"],
-        ["extract", "patches", ds, "--size", "96", "--patch", "16", "--selection", "best"],
+        ["extract", "patches", ds, "--size", "64", "--patch", "16", "--selection", "best"],
         ["extract", "regions", ds, "--selection", "best"],
         ["train", "vilt-tiny", ds, "--selection", "best", "--input", "patches", "-o", str(tmp_path / "vilt"), *small],
         ["history", ds],

@@ -108,7 +108,7 @@ def features(at: Places) -> list[Step]:
             "patches",
             "Cut pictures into patches",
             "What ViLT reads, stored once, so that training decodes nothing.",
-            "extract patches {}/scenes --size 96 --patch 16 --workers 0",
+            "extract patches {}/scenes --size 64 --patch 16 --workers 0",
         ),
         _step(
             at,

@@ -42,9 +42,18 @@ def statuses():
     return "\n".join(["| status | tried again |", "| --- | --- |", *rows])
 
 
+def presets():
+    from curation.presets import PRESETS
+
+    rows = [f"| `{name}` | {p.comparisons} | {p.lacks or 'nothing'} | {p.source} |" for name, p in PRESETS.items()]
+    return "\n".join(["| preset | keeps where | leaves out | source |", "| --- | --- | --- | --- |", *rows])
+
+
 def block(name):
     if name == "statuses":
         return statuses()
+    if name == "presets":
+        return presets()
     return f"```text\n{help_text(name.split())}\n```"
 
 
@@ -152,7 +161,7 @@ def test_python_blocks_run(place):
         "train clip-tiny DS -o runs/small --steps 2 --batch-size 8",
         "score clip DS --model runs/small --workers 0",
         "filter DS -o best --top 0.6 --by clip_score",
-        "extract patches DS --size 96 --patch 16 --workers 0",
+        "extract patches DS --size 64 --patch 16 --workers 0",
     ):
         assert run(words.split()) == 0
     for page in sorted((ROOT / "docs").glob("*.md")):
