@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +34,7 @@ from shards.reader import group_rows, row_groups
 Row = dict[str, Any]
 Rows = list[tuple[int, Row]]  # row numbers and columns
 Ready = Callable[[], Rows]  # waits until they are there
+AT_ONCE = 16  # rows that go to the writer together where there is no device: its thread wakes up so much less often
 WINDOW = 16  # batches; a row of a rare shape waits for company no longer than this
 
 
@@ -117,11 +119,11 @@ class ShardRun:
     def _results(self, pool: ThreadPoolExecutor) -> Generator[Ready, None, None]:
         """For each batch a function that waits for its rows: (number, columns)."""
         size = self.work.settings.batch_size
-        wait = 2 * max(size, self.work.settings.threads)
+        wait = 2 * max(size, AT_ONCE, self.work.settings.threads)
         items = map_ahead(pool, self._prepare, self._rows(), wait)
         if not size:
-            for item in items:
-                yield _given([item])
+            while rows := list(islice(items, AT_ONCE)):
+                yield _given(rows)
             return
         for failed, rows, batch_items, batch in ahead(self._batches(items, size), 2):
             if failed:
