@@ -35,7 +35,7 @@ FILENAME = (
 )
 NUMBER = r"^\s*\p{Nd}"
 
-_PARTS = 16  # the counting sorts a sixteenth of the hashes at a time
+_PARTS = 64  # the counting looks at one of so many parts of the hashes at a time
 
 
 def _f(name: str, kind: pa.DataType) -> pa.Field:
@@ -144,16 +144,17 @@ def count_captions(dataset: Dataset) -> np.ndarray:
     pairs = dataset.require(PAIRS)
     first = starts(dataset)
     hashes: np.ndarray = np.zeros((2, first[-1]), np.uint64)
-    present: np.ndarray = np.zeros(first[-1], bool)
+    parts: np.ndarray = np.full(first[-1], _PARTS, np.uint8)
     for shard in range(dataset.num_shards):
         captions = pl.Series(read_table(dataset.folder, pairs.file(shard), ["caption"])["caption"])
         rows = slice(first[shard], first[shard + 1])
-        present[rows] = captions.is_not_null().to_numpy()
         for seed in range(2):
             hashes[seed, rows] = captions.hash(seed).to_numpy()
+        present = captions.is_not_null().to_numpy()
+        parts[rows][present] = hashes[0, rows][present] % _PARTS
     counts: np.ndarray = np.zeros(first[-1], np.uint32)
     for part in range(_PARTS):
-        at = np.flatnonzero(present & (hashes[0] % _PARTS == part))
+        at = np.flatnonzero(parts == part)
         frame = pl.DataFrame({"first": hashes[0, at], "second": hashes[1, at]})
         counts[at] = frame.select(pl.len().over("first", "second")).to_series().to_numpy()
     return counts

@@ -6,6 +6,8 @@ import sys
 import types
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -92,8 +94,8 @@ def test_help_names_the_package_and_the_list_of_scorers_has_it(installed, monkey
 
 class Good:
     reads = ("caption", "width")
-    writes = {"characters": "int32"}
-    calls: list = []
+    writes = MappingProxyType({"characters": "int32"})
+    calls: ClassVar[list] = []
 
     def __call__(self, pairs):
         self.calls.append(len(pairs["caption"]))
@@ -210,7 +212,7 @@ def test_arguments(offer):
             describe("takes", settings)
     with pytest.raises(PairmillError, match="is no class: it takes no `--set`"):
         describe("plain", ["a=1"])
-    with pytest.raises(PairmillError, match="There is no scorer `plian`. Did you mean `plain`"):
+    with pytest.raises(PairmillError, match=r"There is no scorer `plian`\. Did you mean `plain`"):
         describe("plian")
 
 
