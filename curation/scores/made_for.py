@@ -110,11 +110,13 @@ def check_clip(sidecar: Sidecar, kind: str, dim: int, file: str, made_for: str |
         return label
     same = f"If it was made for these very embeddings, say so: --made-for '{label}'."
     if len(fitting) != 1:
-        names = " or ".join(clip.title for clip in fitting) or "a CLIP that nobody told"
-        raise PairmillError(
-            f"{file} was made for {names}: its name and its width of {dim} do not tell which one, and {where} comes "
-            f"from {label}. {same}"
+        names = " or ".join(clip.title for clip in fitting)
+        why = (
+            f"{file} may be made for {names}: its name does not tell which"
+            if names
+            else f"no {kind} head of width {dim} is published, so that nothing tells which CLIP {file} was made for"
         )
+        raise PairmillError(f"{why}; {where} comes from {label}. {same}")
     raise PairmillError(
         f"a head made for another CLIP: published {kind} heads of width {dim} are for {fitting[0].title}, {where} "
         f"comes from {label} (weights {weights[:_DIGITS]}). Run `pairmill score clip DATASET {fitting[0].command} "

@@ -235,5 +235,5 @@ def test_where_the_width_does_not_tell_the_name_does():
 
 
 def test_a_width_nobody_published_must_be_told():
-    with pytest.raises(PairmillError, match="a CLIP that nobody told"):
+    with pytest.raises(PairmillError, match=r"no aesthetic head of width 640 is published, .*--made-for 'mine'"):
         check_clip(sidecar("mine", dim=640), "aesthetic", 640, "head.pth", None, "f")

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms as T
 
-from curation.check import check
 from curation.maintenance_config import CheckConfig
+from curation.reproduce import reproduce
 from curation.scores.config import WatermarkScoreConfig
 from curation.scores.watermark import score_watermark
 from schemas.errors import PairmillError
@@ -115,7 +115,7 @@ def test_check_computes_it_again(dataset: Dataset, detector: tuple[Path, nn.Modu
     path, _ = detector
     run(dataset, path, watermark_class=1)
     events: list = []
-    assert check(dataset, CheckConfig(reproduce=2, weights=(path,)), events.append) == []
+    assert list(reproduce(dataset, CheckConfig(reproduce=2, weights=(path,)), events.append)) == []
     told = [e.text for e in events if isinstance(e, Notice)]
     assert told == ["scores/watermark: 2 rows computed again, all within 0.001."]
 
