@@ -18,7 +18,18 @@ from typing import Any
 
 from benchmarks.compare import ROOT, python, show, table, write, write_page
 
-NAMES = ("download", "clip_score", "features", "training_input", "filter", "report", "browse", "cli_help", "memory")
+NAMES = (
+    "download",
+    "clip_score",
+    "features",
+    "training_input",
+    "filter",
+    "statistics",
+    "report",
+    "browse",
+    "cli_help",
+    "memory",
+)
 
 
 def measure(name: str, rounds: int, quick: bool) -> dict[str, Any]:

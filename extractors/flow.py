@@ -119,7 +119,7 @@ class ShardRun:
     def _results(self, pool: ThreadPoolExecutor) -> Generator[Ready, None, None]:
         """For each batch a function that waits for its rows: (number, columns)."""
         size = self.work.settings.batch_size
-        wait = 2 * max(size, AT_ONCE, self.work.settings.threads)
+        wait = 2 * max(size or AT_ONCE, self.work.settings.threads)
         items = map_ahead(pool, self._prepare, self._rows(), wait)
         if not size:
             while rows := list(islice(items, AT_ONCE)):

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cli_help, clip_score, compare, download, features, memory, report, training_input
+from benchmarks import cli_help, clip_score, compare, download, features, memory, report, statistics, training_input
 from benchmarks.__main__ import NAMES
 from benchmarks.compare import Check
 from benchmarks.filter import SHARD_ROWS, Peers, check_equal, generate
 from benchmarks.make_pairs import make_pairs
 from benchmarks.photographs import jpegs
+from schemas.pairs import pairs_schema
+from shards.reader import read_table
+from shards.writer import write_pairs
 
 LOAD = download.Load(640, 480, 2, 4, 4, 1.2)
 
@@ -132,6 +135,26 @@ def test_training_input_gives_the_same_pairs_either_way(tmp_path):
     assert training_input.batch_counts(ours.batches()) == training_input.batch_counts(tars.batches())
     assert 12 <= training_input.drain_batches(ours) <= 12 + 3 * 4
     assert training_input.drain_batches(tars) == 12
+
+
+def test_statistics_are_told_beside_decoding_for_both_sizes():
+    result = statistics.run(1, quick=True)
+    assert [check.goal for check in result.checks] == [0.9, None, 0.9, None]
+    assert all(check.value > 0 for check in result.checks)
+    assert len(result.medians) == 16
+
+
+def test_statistics_that_do_not_fit_the_pictures_are_not_timed(tmp_path):
+    stages = statistics.Stages(make_pairs(tmp_path / "ds", [4]))
+    stages.image()
+    stages.check()
+    pairs = read_table(stages.dataset.folder, "pairs/00000.parquet").to_pylist()
+    pairs[0]["image"] = jpegs(90, 40, 1)[0]
+    with write_pairs(stages.dataset.folder, "pairs/00000.parquet", pairs_schema()) as writer:
+        for row in pairs:
+            writer.append(row)
+    with pytest.raises(AssertionError):
+        stages.check()
 
 
 def test_filters_decide_alike(tmp_path):
