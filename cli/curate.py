@@ -64,7 +64,7 @@ def download(
 def filter_(config: FilterConfig, common: Common, dataset: DATASET) -> int:
     """Choose pairs by rules; writes a selection with a reason for every row, never a copy of images.
 
-    Rules run in the order preset, where, top, sample, split; --rules FILE gives any order, as YAML.
+    Rules run in the order preset, where, dedup, top, sample, split; --rules FILE gives any order, as YAML.
     """
     from curation.filter import filter_dataset
 

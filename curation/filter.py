@@ -103,13 +103,16 @@ def apply_rules(
 
 
 def recipe_items(config: FilterConfig) -> list[RuleItem]:
-    """The rules in the order they run: those of `rules`, or preset, where, top, sample, split from the other fields."""
+    """The rules in order: those of `rules`, or preset, where, dedup, top, sample, split from the other fields."""
     if isinstance(config.rules, str):
         return read_recipe(config.rules)
     if config.rules is not None:
         return list(config.rules)
     items: list[RuleItem] = [{"preset": {"name": config.preset, "against": config.against}}] if config.preset else []
     items += [{"where": expr} for expr in config.where]
+    for one in config.dedup:
+        what = {"near": "hash.phash"} if one == "near" else {"by": one}
+        items.append({"dedup": what if config.keep is None else {**what, "keep": config.keep}})
     if config.top is not None:
         size: dict[str, Any] = {"share": config.top} if config.top < 1 else {"count": int(config.top)}
         items.append({"top": {**size, "by": config.by, "of": config.of}})

@@ -65,12 +65,18 @@ class PresetConfig(StageConfig):
 
 
 class FilterConfig(StageConfig):
-    """`pairmill filter`. Rules run in this order: preset, where, top, sample, split; or those of `rules`."""
+    """`pairmill filter`. Rules run in this order: preset, where, dedup, top, sample, split; or those of `rules`."""
 
     output: str | None = execution(None, "name of the selection to write; not needed with --dry-run")
     preset: str | None = identity(None, "a published filter, such as datacomp-clip-l14-30")
     against: str | None = identity(None, "with a preset that needs one: the target set, a dataset or an .npy file")
     where: tuple[str, ...] = identity((), "keep rows for which this is true, in Polars SQL (repeatable)")
+    dedup: tuple[str, ...] = identity(
+        (),
+        "keep one row of those with equal values of this column, such as url or sha256; `near`: of those whose "
+        "hash.phash differs in at most 4 bits (repeatable)",
+    )
+    keep: str | None = identity(None, "with --dedup: the row where this is highest stays, such as clip_score")
     top: float | None = identity(None, "keep the best: a share below 1, or a number of rows", gt=0)
     by: str | None = identity(None, "what --top ranks by, such as clip_score")
     of: Literal["kept", "all"] = identity("kept", "--top's share is of the rows kept so far, or of all successes")
@@ -90,8 +96,10 @@ class FilterConfig(StageConfig):
             raise ValueError("--top is a share below 1 or a whole number of rows")
         if self.against is not None and self.preset is None:
             raise ValueError("--against goes with --preset; rules of a file name their own")
+        if self.keep is not None and not self.dedup:
+            raise ValueError("--keep goes with --dedup, such as --dedup near --keep clip_score")
         flags = (self.preset, self.top, self.sample, self.split)
-        if self.rules is not None and (self.where or any(f is not None for f in flags)):
+        if self.rules is not None and (self.where or self.dedup or any(f is not None for f in flags)):
             raise ValueError("--rules holds the whole recipe: write the other rules into it")
         return self
 

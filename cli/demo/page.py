@@ -61,6 +61,7 @@ def render(found: Numbers, shown: Sequence[Numbers], pictures: Sequence[Numbers]
         lstrip_blocks=True,
     )
     env.filters |= {"commas": lambda n: f"{n:,}", "percent": lambda x: f"{100 * x:.0f}\u00a0%", "one": "{:.1f}".format}
+    env.filters |= {"percent_of": "{:.0f}\u00a0%".format}
     drawn = {name: Markup(text) for name, text in _charts(found).items()}
     return env.get_template("report.html").render(
         n=found,
@@ -72,14 +73,7 @@ def render(found: Numbers, shown: Sequence[Numbers], pictures: Sequence[Numbers]
         models=MODELS,
         ks=KS,
         share=charts.share,
-        gain=_gain(found),
     )
-
-
-def _gain(found: Numbers) -> float:
-    """Points of mean recall by which the curated pairs are ahead."""
-    metric = found["retrieval"]
-    return float(metric[CURATED]["mean"] - metric[UNCURATED]["mean"])
 
 
 def _kind_bar(kind: Mapping[str, Any]) -> str:

@@ -37,7 +37,6 @@ def gather(at: Places, settings: DemoSettings, seconds: Mapping[str, float]) -> 
         "kept": frame.filter("keep").height,
         "kinds": [k.as_dict() for k in found],
         "quality": asdict(truth.quality(found)),
-        "quality_but_duplicates": asdict(truth.quality(found, truth.DUPLICATES)),
         "noise_in": _noise_share(frame),
         "noise_left": _noise_share(frame.filter("keep")),
         "curve": [asdict(p) for p in truth.caption_curve(frame)],

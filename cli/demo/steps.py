@@ -90,12 +90,19 @@ def curation(at: Places) -> list[Step]:
         ),
         _step(
             at,
+            "hash",
+            "Hash every picture",
+            "A perceptual hash hardly changes when a picture is encoded again: near copies differ in a few bits.",
+            "score hash {}/scenes --workers 0",
+        ),
+        _step(
+            at,
             "filter",
             "Choose what to keep",
-            "Rules on the pairs themselves, then the best by clip_score. Every row that is dropped has its reason.",
+            "Rules on the pairs, one of each picture, the best by clip_score. Every dropped row has its reason.",
             f"filter {{}}/scenes -o {SELECTION}",
             *where,
-            *("--top", "0.8", "--by", "clip_score"),
+            *("--dedup", "near", "--top", "0.85", "--by", "clip_score"),
         ),
     ]
 
@@ -188,6 +195,28 @@ def closing(at: Places) -> list[Step]:
 def tour(at: Places) -> list[Step]:
     """What the demo leaves out for time."""
     return [
+        _step(
+            at,
+            "text",
+            "Count what captions are made of",
+            "Words, repetitions, file names, and how often the dataset has a caption.",
+            "score text {}/scenes --workers 0",
+        ),
+        _step(
+            at,
+            "strict",
+            "Two more rules on top of the selection",
+            "From what was kept: captions that say something, and that few pictures share.",
+            f"filter {{}}/scenes -o strict --from {SELECTION}",
+            *("--where", "text.words >= 4 AND NOT text.is_filename_like", "--where", "text.caption_count <= 3"),
+        ),
+        _step(
+            at,
+            "report-strict",
+            "Write the report again",
+            "With the new scores and both selections.",
+            "report {}/scenes",
+        ),
         _step(at, "show", "Look at rows", "In the terminal.", "show {}/scenes"),
         _step(at, "history", "Tell how it was made", "Settings, versions, counts, seconds.", "history {}/scenes"),
         _step(at, "check", "Read everything back", "Hashes, alignment, schemas.", "check {}/scenes"),

@@ -73,8 +73,10 @@ class CurvePoint:
 def read_truth(dataset: Dataset, selection: str, scores: str = "clip") -> pl.DataFrame:
     """One row a pair, in the dataset's order.
 
-    Columns index, shard, row, status, caption, width, truth, truth_detail, score (null where there is no image), keep
-    and reason (null where it is kept). Raises PairmillError where the selection or the scores are not there.
+    Columns index, shard, row, status, caption, width, truth, truth_detail, truth_of, score (null where there is no
+    image), keep and reason (null where it is kept). Of a picture and its copy either may stay: where the rule for
+    duplicates dropped the first one, the two have changed places here.
+    Raises PairmillError where the selection or the scores are not there.
     """
     from shards.reader import read_table
     from shards.scan import scan
@@ -82,10 +84,22 @@ def read_truth(dataset: Dataset, selection: str, scores: str = "clip") -> pl.Dat
 
     read_selection(dataset, selection)
     chosen: Any = pl.from_arrow(read_table(dataset.folder, f"selections/{selection}.parquet"))
-    pairs = scan(dataset.stage("pairs")).select("status", "caption", "width", "truth", "truth_detail").collect()
+    pairs = (
+        scan(dataset.stage("pairs")).select("status", "caption", "width", "truth", "truth_detail", "truth_of").collect()
+    )
     values = scan(dataset.require(f"scores/{scores}")).select(score=pl.col("clip_score").fill_nan(None)).collect()
     columns = [chosen.with_columns(pl.col("reason").cast(pl.String)), pairs, values]
-    return pl.concat(columns, how="horizontal").with_row_index("index")
+    return _one_of_each(pl.concat(columns, how="horizontal").with_row_index("index"))
+
+
+def _one_of_each(frame: pl.DataFrame) -> pl.DataFrame:
+    keep, reason = frame["keep"].to_list(), frame["reason"].to_list()
+    copies = frame.filter(pl.col("truth").is_in(DUPLICATES))
+    for copy, first in zip(copies["index"], copies["truth_of"], strict=True):
+        if keep[copy] and (reason[first] or "").startswith("dedup"):
+            keep[copy], keep[first] = keep[first], keep[copy]
+            reason[copy], reason[first] = reason[first], reason[copy]
+    return frame.with_columns(keep=pl.Series(keep, dtype=pl.Boolean), reason=pl.Series(reason, dtype=pl.String))
 
 
 def kinds(frame: pl.DataFrame) -> list[Kind]:

@@ -471,7 +471,7 @@ function openSave() {
   $("save-says").textContent = `Keeps the ${whole.format(keepable)} rows that match and have an image, or are text-only. The recipe is kept with the selection.`;
   for (const id of ["save-error", "saved", "replace-label"]) $(id).hidden = true;
   $("replace").checked = false;
-  $("save-go").disabled = false;
+  $("save-go").disabled = keepable === 0;
   $("save").showModal();
   $("save-name").focus();
 }

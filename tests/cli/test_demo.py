@@ -181,7 +181,6 @@ def found():
         "kept": 3,
         "kinds": [k.as_dict() for k in kinds],
         "quality": asdict(truth.quality(kinds)),
-        "quality_but_duplicates": asdict(truth.quality(kinds)),
         "noise_in": 0.4,
         "noise_left": 0.33,
         "curve": [asdict(truth.CurvePoint(0.1, 0.5, 0.5, 3)), asdict(truth.CurvePoint(0.2, 0.4, 1.0, 1))],
@@ -220,7 +219,7 @@ def test_the_page_tells_the_numbers():
     page = render(found(), [], [])
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     assert "3 pairs kept of 6" in text
-    assert "+5.0 points of mean recall" in text
+    assert "10 % of captions find their picture" in text.replace("\u00a0", " ")
     assert "1:01 minutes for everything" in text
     assert "a &lt; b &amp; c" in page
     assert "$ pairmill x &#39;&lt;a&gt;&#39;" in page
@@ -259,7 +258,7 @@ def test_a_small_demo_is_killed_goes_on_and_does_nothing_twice(tmp_path):
     done = subprocess.run(demo(folder), check=True, capture_output=True, text=True, timeout=120)
     assert files(folder) == before
     assert "nothing to do" in done.stderr
-    assert "all noise: precision" in done.stdout
+    assert "precision " in done.stdout
     told = json.loads((folder / "report.json").read_text())
     assert told["rows"] == 60
     assert sum(k["planted"] for k in told["kinds"]) == 60

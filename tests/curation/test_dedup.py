@@ -1,8 +1,10 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
-from curation.filter import make_selection
+from curation.filter import filter_dataset, make_selection
+from curation.filter_config import FilterConfig
 from curation.matches import read_matches
 from schemas.errors import PairmillError
 from shards.select import read_selection
@@ -131,3 +133,16 @@ def test_settings_that_do_not_fit_are_told(tmp_path, settings, message):
     with pytest.raises(PairmillError, match=message):
         select(dataset, {"dedup": settings})
     assert dataset.folder.names("selections") == []
+
+
+def test_flags_make_the_same_rules(tmp_path):
+    dataset = hashed(tmp_path, [HALF, HALF ^ 1, 2**63, None], url=["a", "b", "c", "c"], width=[1, 2, 3, 4])
+    config = FilterConfig(output="s", where=("width > 0",), dedup=("url", "near"), keep="width")
+    filter_dataset(dataset, config)
+    selection = read_selection(dataset, "s")
+    assert np.flatnonzero(selection.keep).tolist() == [1, 3]
+    assert [list(r) for r in selection.about["recipe"]["rules"]] == [["where"], ["dedup"], ["dedup"]]
+    with pytest.raises(ValidationError, match="--keep goes with --dedup"):
+        FilterConfig(output="s", keep="width")
+    with pytest.raises(ValidationError, match="--rules holds the whole recipe"):
+        FilterConfig(output="s", dedup=("url",), rules="r.yaml")
