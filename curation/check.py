@@ -93,7 +93,12 @@ def _jobs(dataset: Dataset) -> Iterator[_Job]:
     for stage in stages:
         if stage.kind != INPUT:
             yield _Job(f"{stage.path}/sidecar.json", 0, partial(_check_sidecar, stage))
-        read = {PAIRS: _check_pairs, INPUT: _check_input, SCORES: scores, FEATURES: _check_features}
+        read: dict[str, Callable[..., Iterator[Finding]]] = {
+            PAIRS: _check_pairs,
+            INPUT: _check_input,
+            SCORES: scores,
+            FEATURES: _check_features,
+        }
         shards = sorted(stage.standing()) if stage.kind == TASKS else range(dataset.num_shards)
         for shard in shards:
             rows = dataset.manifest.shards[shard] if stage.kind == PAIRS else 0

@@ -49,7 +49,11 @@ def score_safety(dataset: Dataset | str | Path, config: SafetyScoreConfig, emit:
 
 
 def score_embeddings(
-    dataset: Dataset | str | Path, config: HeadScoreConfig, kind: Kind, column: str, emit: Emit
+    dataset: Dataset | str | Path,
+    config: AestheticScoreConfig | SafetyScoreConfig,
+    kind: Kind,
+    column: str,
+    emit: Emit,
 ) -> StageFinished:
     """A row's state is that of its embedding: skipped rows stay skipped until `score clip` has computed them.
 
