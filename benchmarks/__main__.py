@@ -24,6 +24,7 @@ NAMES = (
     "features",
     "training_input",
     "filter",
+    "near_duplicates",
     "statistics",
     "report",
     "browse",

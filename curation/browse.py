@@ -105,7 +105,7 @@ class View:
         self.twins = twin_set(self.table, self.columns.sets)
         self.copies = f"{self.twins}.copies"
         if self.twins is not None and self.copies not in self.table.columns:
-            self.columns.add_made(self.copies, lambda: self._twins().copies())
+            self.columns.add_made(self.copies, lambda: self._twins().copies(self._groups()))
         self._embeddings = {s.name: Embeddings(s) for s in self.sets}
         self._tower: tuple[str, TextTower] | None = None
         self._one = threading.RLock()
@@ -130,7 +130,7 @@ class View:
             successes = self.columns.codes("status").mask([SUCCESS, NO_IMAGE])
             key = self._key(query)
             rows, more = page(mask, key, after, limit)
-            shown = None if key is None else _shown(query, key[rows])
+            shown = None if key is None else self._shown(query, key, rows)
             total, keepable = int(np.count_nonzero(mask)), int(np.count_nonzero(mask & successes))
             return Found(total, keepable, rows, shown, int(rows[-1]) if more else None)
 
@@ -256,11 +256,17 @@ class View:
             values = self.number(str(query.sort)).values.cast(pl.Float64).fill_null(np.nan).to_numpy()
             key = np.where(np.isnan(values), np.inf, -values if query.descending else values)
             if query.sort == self.copies:  # groups of one size one after another
-                group = self._twins().groups()
+                group = self._groups()
                 key = key + group / (group.max() + 1.0)
             return key
 
         return self.memory.get(("key", query.sort, query.descending), make, lambda k: k.nbytes)
+
+    def _shown(self, query: Query, key: np.ndarray, rows: np.ndarray) -> list[float | None]:
+        """The cosine, or the value in the column that the rows are ordered by."""
+        if query.like is not None or query.see:
+            return [None if np.isinf(k) else -float(k) for k in key[rows]]
+        return self.number(str(query.sort)).values.gather(rows).to_list()
 
     def _likeness(self, query: Query) -> np.ndarray:
         stage = find_set(self.dataset, self.sets, query.features)
@@ -295,6 +301,9 @@ class View:
             raise PairmillError(f"{self.dataset.url} has no hashes of its pictures. Make them: pairmill score hash")
         group = self.twins
         return self.memory.get(("twins", group), lambda: Twins(self.table, group), lambda t: t.nbytes)
+
+    def _groups(self) -> np.ndarray:
+        return self.memory.get(("groups", self.twins), lambda: self._twins().groups(), lambda g: g.nbytes)
 
     def check_row(self, row: int) -> None:
         """Raises PairmillError where there is no such row."""
@@ -360,11 +369,6 @@ def _all(conditions: Sequence[Condition], rows: int) -> Mask:
     for condition in conditions:
         out &= condition.mask
     return out
-
-
-def _shown(query: Query, key: np.ndarray) -> list[float | None]:
-    sign = -1 if query.descending or query.like is not None or query.see else 1
-    return [None if np.isinf(k) else sign * float(k) for k in key]
 
 
 def _check_values(column: str, wanted: Sequence[str | None], known: Sequence[str | None]) -> None:

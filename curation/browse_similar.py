@@ -55,7 +55,7 @@ class Embeddings:
         self.stage = stage
         self._lock = threading.Lock()
         self._blocks: list[_Block] | None = None
-        self._files: list[MappedShard] = []
+        self._absent: np.ndarray = np.empty(0, np.int64)  # rows without an embedding
 
     def blocks(self) -> list[_Block]:
         """Every batch of every shard, in order."""
@@ -65,8 +65,9 @@ class Embeddings:
                 found = []
                 for shard in range(self.stage.dataset.num_shards):
                     file = MappedShard(self.stage.folder, self.stage.file(shard))
-                    self._files.append(file)
                     found += list(_blocks(file, int(begin[shard])))
+                absent = [b.first + np.flatnonzero(b.nulls) for b in found if b.nulls is not None]
+                self._absent = np.concatenate([np.empty(0, np.int64), *absent])
                 self._blocks = found
             return self._blocks
 
@@ -109,9 +110,7 @@ class Embeddings:
         finally:
             torch.set_num_threads(before)
         out: np.ndarray = products.float().numpy()
-        for block in blocks:
-            if block.nulls is not None:
-                out[block.first + np.flatnonzero(block.nulls)] = np.nan
+        out[self._absent] = np.nan
         self._refine(out, query)
         return out
 
@@ -268,9 +267,8 @@ class Twins:
         out[flat] = len(node) + equal
         return out
 
-    def copies(self) -> pl.Series:
-        """How many rows each row's group has; null without a hash."""
-        number = self.groups()
+    def copies(self, number: np.ndarray) -> pl.Series:
+        """How many rows each row's group (of `groups`) has; null without a hash."""
         there = number[self.valid]
         sizes = np.bincount(there, minlength=1)[np.maximum(number, 0)].astype(np.int32)
         return pl.select(pl.when(pl.Series(self.valid)).then(pl.Series(sizes))).to_series()

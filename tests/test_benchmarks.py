@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cli_help, clip_score, compare, download, features, memory, report, statistics, training_input
+from benchmarks import (
+    browse,
+    cli_help,
+    clip_score,
+    compare,
+    download,
+    features,
+    memory,
+    near_duplicates,
+    report,
+    statistics,
+    training_input,
+)
 from benchmarks.__main__ import NAMES
 from benchmarks.compare import Check
 from benchmarks.filter import SHARD_ROWS, Peers, check_equal, generate
@@ -199,6 +211,13 @@ def test_memory_of_a_stage_is_that_of_its_own_process(data):
     assert sorted(path.name for path in data.iterdir()) == ["1", "clip"]
 
 
+def test_every_question_of_browse_is_answered():
+    result = browse.run(1, quick=True)
+    assert result.sizes == {"rows": 2 * browse.SHARD_ROWS, "embedding": 32}
+    assert len(result.checks) == len(browse.KINDS) + 1
+    assert all(value > 0 for value in result.medians.values())
+
+
 def test_a_result_says_where_and_when_it_was_made():
     result = compare.Result("x", "what", 3, {"rows": 1}, {"ours_s": 0.123456}, [Check("r", 2.34567, 2)], ["numpy"])
     made = json.loads(json.dumps(result.as_json()))
@@ -234,3 +253,11 @@ def test_memory_is_held_to_the_bytes_a_row_that_the_page_lists():
     page = (compare.ROOT / "docs" / "scale.md").read_text()
     for stage, most in memory.LISTED.items():
         assert any(f"`{stage}`" in line and f"| {most} " in line for line in page.splitlines()), stage
+
+
+def test_near_duplicates_are_those_of_all_pairs_and_the_filter_is_measured():
+    found = near_duplicates.run(5, quick=True)
+    assert found.sizes["rows"] == 20_000
+    assert 10_000 < found.sizes["kept"] < 19_000
+    assert 500 < found.sizes["groups there"] < 2000
+    assert 0 < found.medians["search alone, s"] < found.medians["filter, s"] < 120

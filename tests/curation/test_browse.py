@@ -359,7 +359,9 @@ def test_copies_count_groups_and_lay_them_side_by_side(hashed):
     assert hashed.columns.numbers[-1] == "hash.copies"
     assert hashed.number("hash.copies").values.to_list() == [4, 4, 4, 4, 1, 2, 2, 1, None]
     several = parse_query([("range", "hash.copies:2:"), ("sort", "-hash.copies")])
-    assert hashed.search(several).rows.tolist() == [0, 1, 2, 3, 5, 6]
+    found = hashed.search(several)
+    assert found.rows.tolist() == [0, 1, 2, 3, 5, 6]
+    assert found.values == [4, 4, 4, 4, 2, 2]
     assert sum(hashed.counts(several, ["hash.copies"])["histograms"]["hash.copies"]["now"]) == 8
     with pytest.raises(PairmillError, match="is no rule"):
         hashed.recipe(several)
