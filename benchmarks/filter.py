@@ -51,13 +51,14 @@ def generate(path: Path, rows: int) -> Dataset:
     status = pa.array(np.where(rng.random(SHARD_ROWS) < 0.8, *STATUSES))  # one pattern: only its digest takes time
     digest = pairs_digest(status, pa.nulls(SHARD_ROWS))
     for shard in range(count):
-        write_table(folder, pairs.file(shard), _pairs(status, rng), {}, digest)
+        write_table(folder, pairs.file(shard), pairs_without_images(status, rng), {}, digest)
         write_table(folder, scores.file(shard), _scores(schema, rng), {}, digest)
     write_manifest(folder, dataset.manifest)
     return Dataset.open(path)
 
 
-def _pairs(status: pa.Array, rng: np.random.Generator) -> pa.Table:
+def pairs_without_images(status: pa.Array, rng: np.random.Generator) -> pa.Table:
+    """Rows of pairs that hold a random uid and a status."""
     rows = len(status)
     uid = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), rows, [None, pa.py_buffer(rng.bytes(16 * rows))])
     schema = pairs_schema()
