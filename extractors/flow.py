@@ -122,8 +122,8 @@ class ShardRun:
         wait = 2 * max(size or AT_ONCE, self.work.settings.threads)
         items = map_ahead(pool, self._prepare, self._rows(), wait)
         if not size:
-            while rows := list(islice(items, AT_ONCE)):
-                yield _given(rows)
+            while ready := list(islice(items, AT_ONCE)):
+                yield _given(ready)
             return
         for failed, rows, batch_items, batch in ahead(self._batches(items, size), 2):
             if failed:
