@@ -61,7 +61,8 @@ class Balance(Rule[BalanceConfig]):
         hi, lo = (values[c].to_numpy()[rows] for c in ("uid_hi", "uid_lo"))
         stays = as_share(uid_draws(hi, lo, self.config.seed)) < share
         self._tell(counts, int((lengths == 0).sum()), len(rows))
-        keep, told = np.ones(len(seen), bool), np.ones(len(seen), bool)
+        keep: np.ndarray = np.ones(len(seen), bool)
+        told: np.ndarray = np.ones(len(seen), bool)
         keep[rows], told[rows] = stays, known
         return pl.select(pl.when(pl.Series(told)).then(pl.Series(keep))).to_series()
 
@@ -69,7 +70,9 @@ class Balance(Rule[BalanceConfig]):
         """Entries of all rows one after the other, int32; how many each row has, int32 [n]; has it a text, bool [n]."""
         matcher = Matcher(self.entries, self.config.lower)
         step = Steps(self.emit, self.label)(f"look for {len(self.entries):,} entries", len(rows))
-        found, lengths, known = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty(0, bool)]
+        found: list[np.ndarray] = [np.empty(0, np.int32)]
+        lengths: list[np.ndarray] = [np.empty(0, np.int32)]
+        known: list[np.ndarray] = [np.empty(0, bool)]
         for texts in self._texts(rows):
             ids, sizes = matcher.match(texts)
             found.append(ids)
@@ -81,7 +84,7 @@ class Balance(Rule[BalanceConfig]):
     def _texts(self, rows: np.ndarray) -> Iterator[list[str | None]]:
         """The texts of these rows (ascending), a shard at a time."""
         begin = starts(self.table.dataset)
-        cuts = np.searchsorted(rows, begin)
+        cuts = np.asarray(np.searchsorted(rows, begin))
         for shard in np.flatnonzero(np.diff(cuts)):
             local = rows[cuts[shard] : cuts[shard + 1]] - begin[shard]
             with open_parquet(self.stage.folder, self.stage.file(int(shard))) as file:

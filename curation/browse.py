@@ -347,7 +347,7 @@ def page(mask: Mask, key: np.ndarray | None, after: int | None, limit: int) -> t
     """(at most `limit` rows of `mask` in the order of (key, row) that follow row `after`; whether there are more)."""
     if key is None:
         first = 0 if after is None else after + 1
-        rows = np.flatnonzero(mask[first:]) + first
+        rows: np.ndarray = np.flatnonzero(mask[first:]) + first
         return rows[:limit], len(rows) > limit
     if after is not None:
         later = key > key[after]

@@ -66,7 +66,7 @@ class Embeddings:
                 for shard in range(self.stage.dataset.num_shards):
                     file = MappedShard(self.stage.folder, self.stage.file(shard))
                     found += list(_blocks(file, int(begin[shard])))
-                absent = [b.first + np.flatnonzero(b.nulls) for b in found if b.nulls is not None]
+                absent: list[np.ndarray] = [b.first + np.flatnonzero(b.nulls) for b in found if b.nulls is not None]
                 self._absent = np.concatenate([np.empty(0, np.int64), *absent])
                 self._blocks = found
             return self._blocks
@@ -122,7 +122,7 @@ class Embeddings:
         best = np.sort(best[np.isfinite(key[best])])
         blocks = self.blocks()
         firsts = np.array([b.first for b in blocks])
-        owner = np.searchsorted(firsts, best, side="right") - 1
+        owner = np.asarray(np.searchsorted(firsts, best, side="right")) - 1
         places = zip(owner.tolist(), (best - firsts[owner]).tolist(), strict=True)
         vectors = [blocks[number].vectors[at] for number, at in places]
         if vectors:

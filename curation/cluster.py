@@ -67,7 +67,7 @@ class Cluster(Rule[ClusterConfig]):
         rows = np.flatnonzero(seen.to_numpy())
         has = self.embeddings.present(rows)
         verdict: np.ndarray = np.ones(len(seen), bool)
-        known = np.ones(len(seen), bool)
+        known: np.ndarray = np.ones(len(seen), bool)
         known[rows[~has]] = False
         rows = rows[has]
         if len(rows):

@@ -195,7 +195,7 @@ def _earlier(raw: np.ndarray, cut: float) -> np.ndarray:
             top = products[np.arange(len(left)), best]
             like[left] = np.where(top > cut + doubt, begin + best, -1)
             for i in np.flatnonzero((top > cut - doubt) & (top <= cut + doubt)):
-                near = begin + np.flatnonzero(products[i] > cut - doubt)
+                near: np.ndarray = begin + np.flatnonzero(products[i] > cut - doubt)
                 exact = exact_cosines(raw[near], raw[left[i]])
                 if exact.max() > cut:
                     like[left[i]] = near[exact.argmax()]
@@ -210,7 +210,8 @@ def exact_cosines(many: np.ndarray, one: np.ndarray) -> np.ndarray:
 
     A row's value does not depend on the other rows.
     """
-    a, b = many.astype(np.float64), one.astype(np.float64)
+    a: np.ndarray = many.astype(np.float64)
+    b: np.ndarray = one.astype(np.float64)
     length = np.sqrt((a * a).sum(1) * (b * b).sum())
     return (a * b).sum(1) / np.where(length == 0, 1, length)
 

@@ -80,7 +80,7 @@ class Embeddings:
 
         Raises PairmillError where one is still to be computed.
         """
-        out = [np.empty(0, bool)]
+        out: list[np.ndarray] = [np.empty(0, bool)]
         for shard, local in self._by_shard(rows):
             valid = self._shard(shard).valid()[local]
             if not valid.all():
@@ -99,7 +99,7 @@ class Embeddings:
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """fp16 [len(rows), dim] of ascending row numbers, copied out of the map; of an absent row anything."""
-        out = np.empty((len(rows), self.dim), np.float16)
+        out: np.ndarray = np.empty((len(rows), self.dim), np.float16)
         done = 0
         for shard, local in self._by_shard(rows):
             self._shard(shard).read_into(local, out[done : done + len(local)])
@@ -108,7 +108,7 @@ class Embeddings:
 
     def _by_shard(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(shard, rows in it) of ascending numbers."""
-        cuts = np.searchsorted(rows, self.starts)
+        cuts = np.asarray(np.searchsorted(rows, self.starts))
         used = np.flatnonzero(np.diff(cuts))
         return [(int(s), rows[cuts[s] : cuts[s + 1]] - self.starts[s]) for s in used]
 
@@ -139,7 +139,7 @@ class _Shard:
         return np.concatenate([np.empty(0, bool), *parts])
 
     def read_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        cuts = np.searchsorted(rows, np.concatenate([[0], self.ends]))
+        cuts = np.asarray(np.searchsorted(rows, np.concatenate([[0], self.ends])))
         for part in np.flatnonzero(np.diff(cuts)):
             mine = slice(cuts[part], cuts[part + 1])
             begin = self.ends[part - 1] if part else 0

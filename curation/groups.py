@@ -72,7 +72,7 @@ def equal_groups(keys: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     at = np.minimum(np.searchsorted(twins, keys[0]), len(twins) - 1)
     places = np.flatnonzero(twins[at] == keys[0])
     frame = pl.DataFrame({"a": keys[0][places], "b": keys[1][places]})
-    group = frame.select(pl.struct("a", "b").rank("dense")).to_series().to_numpy().astype(np.int64) - 1
+    group: np.ndarray = frame.select(pl.struct("a", "b").rank("dense")).to_series().to_numpy().astype(np.int64) - 1
     several = np.bincount(group)[group] > 1
     return places[several], np.unique(group[several], return_inverse=True)[1].astype(np.int64)
 

@@ -68,7 +68,7 @@ def _nearest_pass(
     for start in range(0, len(queries), 1 << 20):
         part = forth(queries[start : start + (1 << 20)])
         prefix = part >> shift
-        low = np.searchsorted(prefixes, prefix, "left")
+        low = np.asarray(np.searchsorted(prefixes, prefix, "left"))
         count = np.searchsorted(prefixes, prefix, "right") - low
         hit = np.flatnonzero(count)
         ends = np.cumsum(count[hit])
@@ -78,8 +78,8 @@ def _nearest_pass(
             stop = max(cut + 1, int(np.searchsorted(ends, done + _CANDIDATES, "right")))
             some = hit[cut:stop]
             cut = stop
-            who = np.repeat(some, count[some])
-            first = np.repeat(np.cumsum(count[some]) - count[some], count[some])
+            who: np.ndarray = np.repeat(some, count[some])
+            first: np.ndarray = np.repeat(np.cumsum(count[some]) - count[some], count[some])
             at = low[who] + np.arange(len(who)) - first
             apart = np.bitwise_count(part[who] ^ moved[at]).astype(np.int64)
             near = apart <= bits
@@ -126,7 +126,7 @@ class _Search:
         moved = forth(values)
         moved.sort()
         prefix = moved >> np.uint64(64 - len(chosen))
-        bounds = np.flatnonzero(prefix[1:] != prefix[:-1]) + 1
+        bounds: np.ndarray = np.flatnonzero(prefix[1:] != prefix[:-1]) + 1
         del prefix
         starts = np.concatenate([[0], bounds])
         lengths = np.diff(starts, append=len(moved))
@@ -189,7 +189,7 @@ class _Found:
         places = np.flatnonzero(hit)
         hashes = self.back(self.values[places])
         order = np.argsort(hashes)  # a search for sorted values is several times faster
-        names = np.empty(len(self.values), np.int32)
+        names: np.ndarray = np.empty(len(self.values), np.int32)
         names[places[order]] = np.searchsorted(self.search.hashes, hashes[order])
         self.search.unite(names[left], names[right])
 
@@ -256,7 +256,7 @@ def _permutation(order: Sequence[int]) -> tuple[Callable[[np.ndarray], np.ndarra
     """Functions that move bit order[i] to place 63 - i, and back: uint64 [n] -> uint64 [n]."""
     forth: np.ndarray = np.zeros((8, 256), np.uint64)
     back: np.ndarray = np.zeros((8, 256), np.uint64)
-    byte = np.arange(256, dtype=np.uint64)
+    byte: np.ndarray = np.arange(256, dtype=np.uint64)
     for i, bit in enumerate(order):
         for table, source, target in ((forth, bit, 63 - i), (back, 63 - i, bit)):
             table[source // 8] |= (byte >> np.uint64(source % 8) & np.uint64(1)) << np.uint64(target)

@@ -74,7 +74,9 @@ def fit(
     centroids = unit(vectors.read(start))
     before: np.ndarray | None = None
     for _ in range(iterations):
-        labels, cosines, sums = np.empty(size, np.int32), np.empty(size, np.float32), torch.zeros(k, vectors.dim)
+        labels: np.ndarray = np.empty(size, np.int32)
+        cosines: np.ndarray = np.empty(size, np.float32)
+        sums = torch.zeros(k, vectors.dim)
         for begin, block, label, cosine in _blocks(vectors, sample, centroids):
             labels[begin : begin + len(label)], cosines[begin : begin + len(label)] = label, cosine
             sums.index_add_(0, torch.from_numpy(label).long(), block)
@@ -106,7 +108,8 @@ def nearest(
     rows       int64 [n], ascending; their vectors are taken at length 1
     centroids  fp32 [k, dim], as they are
     """
-    labels, products = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
+    labels: np.ndarray = np.empty(len(rows), np.int32)
+    products: np.ndarray = np.empty(len(rows), np.float32)
     for begin, _, label, product in _blocks(vectors, rows, torch.from_numpy(centroids).clone()):
         labels[begin : begin + len(label)], products[begin : begin + len(label)] = label, product
         tell(len(label))

@@ -287,7 +287,7 @@ class _Blanking:
 def _blanked(table: pa.Table, rows: np.ndarray, keep: dict[str, Any]) -> pa.Table:
     """The table with null in these rows, but for the columns in `keep`: as they are, or one text for all."""
     index = np.arange(len(table))
-    gone = np.zeros(len(table), bool)
+    gone: np.ndarray = np.zeros(len(table), bool)
     gone[rows] = True
     null = table.take(pa.array(index, mask=gone))
     columns = []

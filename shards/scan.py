@@ -142,7 +142,7 @@ def positions(dataset: Dataset, shards: Sequence[int] | None = None) -> pl.DataF
 def rows_at(stage: Stage, index: np.ndarray, columns: Sequence[str]) -> pl.DataFrame:
     """The columns of a few rows, given by their numbers in the dataset (ascending); reads only their shards' files."""
     begin = starts(stage.dataset)
-    cuts = np.searchsorted(index, begin)
+    cuts = np.asarray(np.searchsorted(index, begin))
     parts = [
         read_table(stage.folder, stage.file(s), columns).take(pa.array(index[cuts[s] : cuts[s + 1]] - begin[s]))
         for s in np.flatnonzero(np.diff(cuts)).tolist()

@@ -83,7 +83,7 @@ class Passes(nn.Module):
 
 
 def at_step(objectives: Sequence[tuple[float, Objective]], step: int, steps: int) -> list[tuple[float, Objective]]:
-    """Those that take part in `step` (from 0) of `steps`: each from round(begin * steps) to before round(end * steps)."""
+    """Those that take part in `step` (from 0): each from round(begin * steps) to before round(end * steps)."""
     return [(w, o) for w, o in objectives if round(o.span[0] * steps) <= step < round(o.span[1] * steps)]
 
 

@@ -25,12 +25,12 @@ from curation.formats.samples import SUFFIX_OF, Sample, Source, describe, find_f
 from curation.maintenance_config import ArrowExportConfig, ExportConfig, ImportConfig
 from curation.reshard import Part, make_plan, pairs_schema_of
 from schemas.errors import PairmillError
-from schemas.pairs import RESERVED, carried_fields
+from schemas.pairs import carried_fields
 from shards.files import Folder, open_folder
 
 BATCH_BYTES = 64 << 20  # of images in a record batch; `binary` ends at 2 GiB
 BATCH_ROWS = 1000
-_BOXES = ("width", "height", "x", "y")
+_BOX = ("x", "y", "width", "height")
 _BESIDE = pa.schema(
     [
         ("uid", pa.string()),
@@ -192,8 +192,10 @@ def _sample(
     without = pa.types.is_null(column.type) or pa.types.is_string(column.type) or not column[at].is_valid
     sample = Sample(where, None if without else partial(_image, column, at))
     if beside is None:
+        boxes = [values.pop(name, None) for name in _BOX]
         describe(sample, values, config)
-        sample.carried |= {name: values[name] for name in _BOXES if name in values}
+        if all(isinstance(numbers, list) for numbers in boxes):  # as `visual_genome.py` carries them
+            sample.carried["regions"] = [list(box) for box in zip(*boxes, strict=False)]
         return sample
     if beside is _END:
         raise _misfit(where)
@@ -289,19 +291,19 @@ def _hex(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _boxes(row: Mapping[str, Any], captions: int) -> dict[str, list[int]]:
-    """The box of each caption as the row carries them; without them each caption is of the whole image."""
-    out = {name: _whole_numbers(row.get(f"input_{name}" if name in RESERVED else name)) for name in _BOXES}
-    if all(len(values) == captions for values in out.values()):
-        return out
-    whole = {"width": row["width"], "height": row["height"], "x": 0, "y": 0}
-    return {name: [value] * captions for name, value in whole.items()}
+    """The box of each caption as `regions` carries them; without them each caption is of the whole image."""
+    boxes = _regions(row.get("regions"))
+    if len(boxes) != captions:
+        boxes = [[0, 0, row["width"], row["height"]]] * captions
+    return {name: [box[i] for box in boxes] for i, name in enumerate(_BOX)}
 
 
-def _whole_numbers(text: Any) -> list[int]:
-    """Numbers of a JSON list; [] where it holds anything else."""
+def _regions(text: Any) -> list[list[int]]:
+    """Boxes of a JSON list, four whole numbers each; [] where it holds anything else."""
     try:
-        values = json.loads(text)
+        boxes = json.loads(text)
     except (TypeError, ValueError):
         return []
-    good = isinstance(values, list) and all(type(v) is int and -(2**63) <= v < 2**63 for v in values)
-    return values if good else []
+    good = isinstance(boxes, list) and all(isinstance(b, list) and len(b) == 4 for b in boxes)
+    whole = good and all(type(v) is int and -(2**63) <= v < 2**63 for b in boxes for v in b)
+    return boxes if whole else []

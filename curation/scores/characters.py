@@ -23,7 +23,7 @@ def code_points() -> tuple[np.ndarray, np.ndarray]:
     SPACE as `str.split` cuts, DIGIT category Nd, UPPER category Lu, KNOWN a letter, mark or number.
     """
     classes: np.ndarray = np.zeros(sys.maxunicode + 1, np.uint8)
-    lower = np.arange(sys.maxunicode + 1, dtype=np.uint32)
+    lower: np.ndarray = np.arange(sys.maxunicode + 1, dtype=np.uint32)
     for code in range(sys.maxunicode + 1):
         one = chr(code)
         category = unicodedata.category(one)
@@ -110,7 +110,7 @@ class Pieces:
         value = (self.sums[ends] - self.sums[begins]) * self.back[begins]  # sum of codes x BASE**place, mod 2**64
         value ^= value >> np.uint64(31)
         value *= np.uint64(0xBF58476D1CE4E5B9)
-        text = self.characters.text_of(begins).astype(np.uint64)
+        text: np.ndarray = self.characters.text_of(begins).astype(np.uint64)
         keys = np.sort((text << (np.uint64(64) - bits)) | (value >> bits))
         return keys, (keys >> (np.uint64(64) - bits)).astype(np.int64)
 
