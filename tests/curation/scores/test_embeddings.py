@@ -111,6 +111,7 @@ def test_a_rerun_does_nothing_and_a_lost_shard_comes_back_equal(embedded: Datase
     assert [embedded.folder.read_bytes(stage.file(s)) for s in range(2)] == before
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_bytes(embedded: Dataset, weights: Path):
     run(embedded, weights)
     run(embedded, weights, name="other", workers=2)
