@@ -30,6 +30,7 @@ NAMES = (
     "browse",
     "cli_help",
     "memory",
+    "curation_quality",
 )
 
 

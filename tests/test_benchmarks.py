@@ -15,6 +15,7 @@ from benchmarks import (
     cli_help,
     clip_score,
     compare,
+    curation_quality,
     download,
     features,
     memory,
@@ -28,6 +29,8 @@ from benchmarks.compare import Check
 from benchmarks.filter import SHARD_ROWS, Peers, check_equal, generate
 from benchmarks.make_pairs import make_pairs
 from benchmarks.photographs import jpegs
+from cli.demo.noise import plant_noise
+from schemas.errors import PairmillError
 from schemas.pairs import pairs_schema
 from shards.reader import read_table
 from shards.writer import write_pairs
@@ -261,3 +264,59 @@ def test_near_duplicates_are_those_of_all_pairs_and_the_filter_is_measured():
     assert 10_000 < found.sizes["kept"] < 19_000
     assert 500 < found.sizes["groups there"] < 2000
     assert 0 < found.medians["search alone, s"] < found.medians["filter, s"] < 120
+
+
+def test_an_interval_is_students():
+    found = curation_quality.interval([1.0, 2.0, 3.0])
+    # s = 1, t(0.975, 2) = 4.3027, over the root of 3.
+    assert (found.mean, round(found.half, 3), round(found.low, 3)) == (2.0, 2.484, -0.484)
+
+
+def test_arms_of_curation_are_compared_seed_by_seed():
+    names = (*curation_quality.RECALLS, curation_quality.MEAN)
+    rest = {"rows": 5, "spoiled": 0.1, "wrong captions": 0.1, "ranking": 0.8, "ranking of wrong captions": 0.7}
+
+    def seed(**recall):
+        return {arm: {"recall": dict.fromkeys(names, value), **rest} for arm, value in recall.items()}
+
+    # Seeds differ by far more than the arms, which always lie 2 apart: paired, the interval is nothing.
+    seeds = [seed(all=x, random=x - 1, filtered=x + 2) for x in (10.0, 30.0, 50.0)]
+    checks = curation_quality.summary(seeds, curation_quality.FULL).checks
+    assert [check.value for check in checks[:4]] == [2, 2, 3, 3]
+    assert [check.met for check in checks[:4]] == [None, True, None, True]
+    worse = [seed(all=x, random=x, filtered=x + d) for x, d in ((10.0, 4.0), (30.0, -3.0), (50.0, 1.0))]
+    assert curation_quality.summary(worse, curation_quality.FULL).checks[1].met is False
+
+
+def test_noisy_scenes_become_a_dataset_that_is_made_once(tmp_path):
+    noisy = plant_noise(40, 3, 64, curation_quality.SHARES)
+    dataset = curation_quality.write_dataset(tmp_path / "ds", noisy)
+    rows = read_table(dataset.folder, "pairs/00000.parquet").to_pylist()
+    assert [row["truth"] for row in rows] == [pair.truth for pair in noisy.pairs]
+    assert [row["caption"] for row in rows] == [pair.caption for pair in noisy.pairs]
+    assert len({row["uid"] for row in rows}) == 40
+    assert all(row["width"] < 64 for row in rows if row["truth"] == "tiny")
+    before = (tmp_path / "ds" / "pairs" / "00000.parquet").stat().st_mtime_ns
+    curation_quality.write_dataset(tmp_path / "ds", noisy)
+    assert (tmp_path / "ds" / "pairs" / "00000.parquet").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_curation_is_measured_and_goes_on_with_the_arms_that_stand(tmp_path):
+    load = curation_quality.QUICK
+    first = curation_quality.measure(tmp_path, load)
+    assert 0 < first.sizes["rows filtered"] < load.rows
+    for arm in ("all", "random", "filtered"):
+        assert 0 < first.medians[f"{arm}, text_to_image_r10, %"] <= 100
+    assert first.medians["filtered, share spoiled"] < first.medians["all, share spoiled"]
+    one = tmp_path / "seed-1"
+    sizes = {arm: json.loads((one / f"{arm}.json").read_bytes())["rows"] for arm in curation_quality.ARMS}
+    assert sizes["random"] == sizes["filtered"] < sizes["all"] == load.rows
+    stands = (one / "all" / "config.json", one / "random.json")
+    times = [path.stat().st_mtime_ns for path in stands if path.exists()]
+    (one / "filtered.json").unlink()
+    curation_quality.results(one / "filtered").unlink()
+    assert curation_quality.measure(tmp_path, load) == first
+    assert [path.stat().st_mtime_ns for path in stands if path.exists()] == times
+    with pytest.raises(PairmillError, match="other settings"):
+        curation_quality.measure(tmp_path, curation_quality.FULL)
