@@ -312,11 +312,11 @@ def test_curation_is_measured_and_goes_on_with_the_arms_that_stand(tmp_path):
     one = tmp_path / "seed-1"
     sizes = {arm: json.loads((one / f"{arm}.json").read_bytes())["rows"] for arm in curation_quality.ARMS}
     assert sizes["random"] == sizes["filtered"] < sizes["all"] == load.rows
-    stands = (one / "all" / "config.json", one / "random.json")
-    times = [path.stat().st_mtime_ns for path in stands if path.exists()]
+    stands = (one / "all" / "config.yaml", one / "all" / "metrics.jsonl", one / "random.json")
+    times = [path.stat().st_mtime_ns for path in stands]
     (one / "filtered.json").unlink()
     curation_quality.results(one / "filtered").unlink()
     assert curation_quality.measure(tmp_path, load) == first
-    assert [path.stat().st_mtime_ns for path in stands if path.exists()] == times
+    assert [path.stat().st_mtime_ns for path in stands] == times
     with pytest.raises(PairmillError, match="other settings"):
         curation_quality.measure(tmp_path, curation_quality.FULL)
