@@ -150,7 +150,7 @@ def _stored(noisy: NoisyList, path: str) -> dict[str, Any]:
     """What a download fills in of the image at `path`."""
     page = noisy.pages[path]
     body = noisy.pages[page.location].body if page.location else page.body
-    height, width = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR).shape[:2]
+    height, width = np.asarray(cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)).shape[:2]
     kind = "png" if body[:4] == b"\x89PNG" else "webp" if body[:4] == b"RIFF" else "jpeg"
     size = {"width": width, "height": height, "original_width": width, "original_height": height}
     digest = hashlib.sha256(body).digest()
