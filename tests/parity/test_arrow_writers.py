@@ -20,6 +20,7 @@ from shards.dataset import Dataset
 from tests.curation.samples import all_rows
 from tests.parity.golden import golden
 
+BOX = ("x", "y", "width", "height")
 LEFT_OUT = {
     "vqav2": "questions and answers: task sets, which `task import` will read",
     "nlvr2": "statements about two images: task sets, which `task import` will read",
@@ -69,8 +70,7 @@ def test_a_pair_file_is_read(case, name, tmp_path):
         for key in ("image_id", "split", "source"):
             assert row.get(key) == one.get(key)
         if "x" in one:
-            boxes = {k: json.loads(row[k if k in "xy" else f"input_{k}"]) for k in ("width", "height", "x", "y")}
-            assert boxes == {k: one[k] for k in boxes}
+            assert json.loads(row["regions"]) == [list(box) for box in zip(*(one[k] for k in BOX), strict=True)]
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS, ids=str)
