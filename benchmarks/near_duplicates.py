@@ -59,7 +59,7 @@ def all_with_all(distinct: np.ndarray, bits: int) -> np.ndarray:
     """What `groups` shall give, by n times n comparisons."""
     parent: np.ndarray = np.arange(len(distinct), dtype=np.int32)
     for i in range(len(distinct)):
-        near = np.flatnonzero(np.bitwise_count(distinct ^ distinct[i]) <= bits).astype(np.int32)
+        near: np.ndarray = np.flatnonzero(np.bitwise_count(distinct ^ distinct[i]) <= bits).astype(np.int32)
         unite(parent, np.full(len(near), i, np.int32), near)
     return hamming._roots(parent, parent)
 
