@@ -182,7 +182,7 @@ def _lines(row: ShownRow, side: int) -> list[tuple[str, tuple[int, int, int]]]:
     caption = " ".join(str(row.values.get("caption") or "").split())
     wrapped = textwrap.wrap(caption, letters, max_lines=3, placeholder=" …") or ["(no caption)"]
     scores = [
-        f"{k.split('.')[-1]} {v:.3g}"
+        f"{k.split('.')[-1]} {v if isinstance(v, int) else f'{v:.3g}'}"
         for k, v in row.values.items()
         if "." in k and isinstance(v, (int, float)) and not isinstance(v, bool)
     ]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from curation.maintenance_config import ShowConfig
-from curation.show import show
+from curation.show import ShownRow, _lines, show
 from schemas.errors import PairmillError
 from tests.curation.samples import select, whole_dataset
 
@@ -80,3 +80,8 @@ def test_a_sheet_with_what_does_not_decode(tmp_path):
     made = whole_dataset(tmp_path / "d", shards=1, corrupt=[(0, 2)], no_caption=[(0, 3)], fail={})
     show(made, ShowConfig(output=tmp_path / "sheet.png"))
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_a_sheet_shows_whole_numbers_whole():
+    row = ShownRow(0, 3, {"caption": "a", "hash.phash": 13790233847282611876, "clip.clip_score": 0.80367}, None)
+    assert _lines(row, 600)[-1][0] == "phash 13790233847282611876 clip_score 0.804"
