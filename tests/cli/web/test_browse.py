@@ -1,9 +1,12 @@
 """The routes of `pairmill browse`: what they answer, escape and refuse."""
 
 import io
+import json
 import re
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
@@ -199,3 +202,18 @@ def test_what_cannot_be_served_is_told(dataset, tmp_path):
         assert run(["browse", dataset.url, "--port", str(taken.getsockname()[1])]) == 2
     assert run(["browse", str(tmp_path / "none"), "--port", "0"]) == 2
     assert run(["browse", dataset.url, "--host", "no.such.host.invalid", "--port", "0"]) == 2
+
+
+def test_the_command_serves_until_it_is_interrupted(dataset):
+    script = "import sys; from cli.main import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "browse", dataset.url, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        address = server.stdout.readline().split()[0]
+        with urllib.request.urlopen(f"{address}api/about") as answer:
+            assert json.load(answer)["rows"] == 16
+            assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+            assert answer.headers["server"] is None
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=30)
+    assert server.returncode == 130
+    assert "Traceback" not in said
