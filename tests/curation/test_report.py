@@ -101,7 +101,7 @@ def test_the_numbers_are_those_of_the_dataset(dataset):
 
 
 def test_the_printed_recipe_repeats_the_selection(dataset, tmp_path):
-    filter_dataset(dataset, FilterConfig(output="one", preset="laion2b-clip", sample=0.9))
+    filter_dataset(dataset, FilterConfig(output="one", preset="laion400m", sample=0.9))
     filter_dataset(dataset, FilterConfig(output="two", from_="one", where=("width > 50",)))
     report(dataset, ReportConfig())
     _, page, numbers = read(dataset)
