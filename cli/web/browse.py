@@ -115,14 +115,17 @@ def _add_files(app: FastAPI) -> None:
         app.add_api_route(path, serve(name), methods=["GET"], response_class=Response)
 
 
-def _query(request: Request) -> tuple[Query, dict[str, list[str]]]:
-    """The query of an address, and what it says about paging."""
+def _query(request: Request, opened: Opened) -> tuple[Query, dict[str, list[str]]]:
+    """The query of an address, and what it says about paging. One with words for pictures has the model loaded."""
     pairs = parse_qsl(request.url.query, keep_blank_values=True, max_num_fields=500)
     paging: dict[str, list[str]] = {}
     for name, value in pairs:
         if name in _PAGING:
             paging.setdefault(name, []).append(value)
-    return parse_query([(n, v) for n, v in pairs if n not in _PAGING]), paging
+    query = parse_query([(n, v) for n, v in pairs if n not in _PAGING])
+    if query.see:
+        opened.model()
+    return query, paging
 
 
 def _whole(paging: dict[str, list[str]], name: str, default: int | None) -> int | None:
@@ -158,7 +161,7 @@ def _add_rows(app: FastAPI, opened: Opened) -> None:
 
     @app.get("/api/rows")
     def rows(request: Request) -> dict[str, Any]:
-        query, paging = _query(request)
+        query, paging = _query(request, opened)
         view = opened.view
         found = view.search(query, _whole(paging, "after", None), _whole(paging, "limit", PAGE) or PAGE)
         answer = {
@@ -206,7 +209,7 @@ def _jpeg(data: bytes | None) -> Response:
 def _add_selections(app: FastAPI, opened: Opened) -> None:
     @app.get("/api/recipe")
     def recipe(request: Request) -> dict[str, str]:
-        query, _ = _query(request)
+        query, _ = _query(request, opened)
         made = opened.view.recipe(query)
         return {"yaml": made.as_yaml(PurePosixPath(opened.view.dataset.url).name)}
 

@@ -16,8 +16,11 @@ from PIL import Image
 from cli.web.browse import FILES, create_app
 from curation.browse_config import BrowseConfig
 from curation.filter import make_selection
+from extractors.clip import score_clip
+from extractors.config import ClipScoreConfig
 from shards.select import selection_about
 from tests.curation.scored import write_scores
+from tests.extractors.tiny_clip import save_clip
 from tests.make import make_dataset
 
 HOST = "127.0.0.1:8765"
@@ -217,3 +220,12 @@ def test_the_command_serves_until_it_is_interrupted(dataset):
         _, said = server.communicate(timeout=30)
     assert server.returncode == 130
     assert "Traceback" not in said
+
+
+def test_words_for_pictures_are_answered_before_anyone_has_asked_for_the_model(dataset, tmp_path):
+    model = f"local-dir:{save_clip(tmp_path / 'clip')}"
+    score_clip(dataset, ClipScoreConfig(model=model, name="tiny", workers=0, device="cpu"))
+    app = create_app(dataset.url, BrowseConfig(model=model))
+    found = TestClient(app, base_url=f"http://{HOST}").get("/api/rows?see=a+red+block")
+    assert found.status_code == 200
+    assert found.json()["rows"]
