@@ -111,9 +111,10 @@ def test_an_image_without_hash_or_embedding_is_null_a_text_alone_is_not(tmp_path
 
 
 def test_flat_images_are_not_compared_by_hash(tmp_path):
-    train, test = pair(tmp_path, [(0, AXES[3], "a"), (1, AXES[4], "b")], [(0, AXES[0], "z")])
+    ours = [(0, AXES[3], "a"), (1, AXES[4], "b"), (0x7F, AXES[5], "c"), (0x3FF, AXES[6], "d")]
+    train, test = pair(tmp_path, ours, [(0, AXES[0], "z"), (0x1FF, AXES[1], "y"), (0xFF, AXES[2], "x")])
     make_selection(train, "s", [{"decontaminate": {"against": test.url}}])
-    assert len(read_selection(train, "s")) == 2
+    assert read_selection(train, "s").keep.tolist() == [True, True, True, False]  # the last is near 0x1FF
 
 
 def test_every_caption_of_a_row_counts_on_both_sides(tmp_path):
