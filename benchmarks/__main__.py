@@ -28,6 +28,7 @@ NAMES = (
     "statistics",
     "report",
     "browse",
+    "semantic_dedup",
     "cli_help",
     "memory",
     "curation_quality",

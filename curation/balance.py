@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ahocorasick_rs
 import numpy as np
@@ -19,8 +20,10 @@ import pyarrow as pa
 
 from curation.balance_config import BalanceConfig
 from curation.draws import as_share, uid_draws, uid_halves
+from curation.outside import check_fingerprint
 from curation.rules import Rule
 from curation.telling import Steps
+from schemas.config import fingerprint
 from schemas.errors import PairmillError
 from schemas.events import Notice
 from shards.dataset import PAIRS
@@ -45,41 +48,47 @@ class Balance(Rule[BalanceConfig]):
         self.source = column.rpartition(".")[2] if group else column
         self.columns = frozenset({column, "uid"})
         self.entries = read_entries(self.config.entries)
+        self.fingerprint = fingerprint({"entries": self.entries})
+        check_fingerprint(self.config.entries, self.fingerprint, self.config.fingerprint)
 
     @property
     def label(self) -> str:
         return self.config.name or f"balance {self.config.t:,}"
+
+    def recorded(self) -> dict[str, Any]:
+        """The entries by their file's name and their fingerprint."""
+        name = Path(self.config.entries).name
+        return super().recorded() | {"entries": name, "fingerprint": self.fingerprint}
 
     def inputs(self) -> dict[str, pl.Expr]:
         return uid_halves()
 
     def mark(self, values: pl.DataFrame, seen: pl.Series, successes: pl.Series) -> pl.Series:
         rows = np.flatnonzero(seen.to_numpy())
-        found, lengths, known = self._matched(rows)
-        counts = np.bincount(found, minlength=len(self.entries))
-        share = keep_shares(found, lengths, counts, self.config.t)
+        parts, known = self._matched(rows)
+        counts: np.ndarray = np.zeros(len(self.entries), np.int64)
+        for found, _ in parts:
+            counts += np.bincount(found, minlength=len(counts))
+        share = np.concatenate([np.empty(0), *(keep_shares(*part, counts, self.config.t) for part in parts)])
         hi, lo = (values[c].to_numpy()[rows] for c in ("uid_hi", "uid_lo"))
         stays = as_share(uid_draws(hi, lo, self.config.seed)) < share
-        self._tell(counts, int((lengths == 0).sum()), len(rows))
+        self._tell(counts, sum(int((lengths == 0).sum()) for _, lengths in parts), len(rows))
         keep: np.ndarray = np.ones(len(seen), bool)
         told: np.ndarray = np.ones(len(seen), bool)
         keep[rows], told[rows] = stays, known
         return pl.select(pl.when(pl.Series(told)).then(pl.Series(keep))).to_series()
 
-    def _matched(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries of all rows one after the other, int32; how many each row has, int32 [n]; has it a text, bool [n]."""
+    def _matched(self, rows: np.ndarray) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """What `Matcher.match` finds, shard by shard; whether each row has a text, bool [n]."""
         matcher = Matcher(self.entries, self.config.lower)
         step = Steps(self.emit, self.label)(f"look for {len(self.entries):,} entries", len(rows))
-        found: list[np.ndarray] = [np.empty(0, np.int32)]
-        lengths: list[np.ndarray] = [np.empty(0, np.int32)]
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
         known: list[np.ndarray] = [np.empty(0, bool)]
         for texts in self._texts(rows):
-            ids, sizes = matcher.match(texts)
-            found.append(ids)
-            lengths.append(sizes)
+            parts.append(matcher.match(texts))
             known.append(np.array([text is not None for text in texts], bool))
             step(len(texts))
-        return np.concatenate(found), np.concatenate(lengths), np.concatenate(known)
+        return parts, np.concatenate(known)
 
     def _texts(self, rows: np.ndarray) -> Iterator[list[str | None]]:
         """The texts of these rows (ascending), a shard at a time."""

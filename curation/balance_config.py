@@ -13,4 +13,7 @@ class BalanceConfig(StageConfig):
     column: str = identity("caption", "the text to look in")
     lower: bool = identity(False, "compare in lower case; the original does not")
     seed: int = identity(0, "which rows are drawn", ge=0)
+    fingerprint: str | None = identity(
+        None, "fingerprint of the entries; a selection's recipe holds it, and another one is an error"
+    )
     name: str | None = identity(None, "what the rule is called in reasons and the funnel")

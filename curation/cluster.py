@@ -8,18 +8,21 @@ spherical, so that both mean the same; centroids from a file are taken as they a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from curation.decontaminate import open_other
 from curation.embeddings import Embeddings
 from curation.kmeans import PER_CENTROID, Vectors, fit, nearest
+from curation.outside import check_fingerprint, file_hash
 from curation.rules import Rule
 from curation.semantic_config import ClusterConfig
 from curation.telling import Steps
+from schemas.config import fingerprint
 from schemas.errors import PairmillError
 from schemas.events import Notice
-from shards.dataset import Dataset
 
 ROWS_PER_CLUSTER = 1000
 
@@ -40,25 +43,50 @@ class Cluster(Rule[ClusterConfig]):
                 ours = self.embeddings
                 raise PairmillError(
                     f"{file} holds vectors of {file.dim} numbers, {ours.stage.path} of {ours.dim}: they are of another "
-                    f"CLIP than {ours.model}. Make them with that one, such as by "
-                    f"`pairmill score clip TARGET --model {ours.model}` and `against: TARGET`."
+                    f"CLIP than {ours.model}. Make them with that one, such as by `pairmill score clip TARGET "
+                    f"--name {self.config.embeddings} --model MODEL` and `against: TARGET`."
                 )
+
+        self.fingerprint = self._fingerprint()
+        check_fingerprint(config.against, self.fingerprint, config.fingerprint)
 
     def _target(self) -> tuple[Vectors, np.ndarray]:
         config = self.config
         if config.against.endswith(".npy"):
             file = NpyVectors(config.against)
             return file, np.arange(len(file.array))
-        found = Embeddings(Dataset.open(config.against), config.embeddings, like=self.embeddings)
-        rows = np.arange(len(found.dataset))
+        other = open_other(config.against, self.table.dataset)
+        found = Embeddings(other, config.embeddings, like=self.embeddings)
+        rows = np.arange(len(other))
         rows = rows[found.present(rows)]
         if not len(rows):
-            raise PairmillError(f"{config.against} has no row with an embedding in {found.stage.path}.")
+            raise PairmillError(f"{other.url} has no row with an embedding in {found.stage.path}.")
         return found, rows
+
+    def _fingerprint(self) -> str:
+        if isinstance(self.target, Embeddings):
+            stage = self.target.stage
+            sidecar, shards = stage.sidecar(), range(stage.dataset.num_shards)
+            against: object = [stage.digests(shards), sidecar.fingerprint if sidecar else None]
+        else:
+            against = file_hash(self.config.against)
+        centroids = self.config.centroids
+        return fingerprint({"against": against, "centroids": None if centroids is None else file_hash(centroids)})
+
+    @property
+    def name(self) -> str:
+        """What the target set is called wherever it lies."""
+        where = self.target.dataset.url if isinstance(self.target, Embeddings) else self.config.against
+        return where.rstrip("/").rpartition("/")[2]
 
     @property
     def label(self) -> str:
-        return self.config.name or f"cluster {Path(self.config.against).name}"
+        return self.config.name or f"cluster {self.name}"
+
+    def recorded(self) -> dict[str, Any]:
+        """Target set and centroids by name and fingerprint."""
+        made = super().recorded() | {"against": self.name, "fingerprint": self.fingerprint}
+        return made | ({"centroids": Path(self.config.centroids).name} if self.config.centroids else {})
 
     def inputs(self) -> dict[str, pl.Expr]:
         return {}

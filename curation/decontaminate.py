@@ -250,7 +250,9 @@ def open_other(text: str, dataset: Dataset) -> Dataset:
     plain = "/" not in text and not open_folder(text).exists(MANIFEST) and open_folder(beside).exists(MANIFEST)
     other = Dataset.open(beside if plain else text)
     if other.url == dataset.url:
-        raise PairmillError(f"{other.url} against itself would drop every row: give the dataset that is tested on.")
+        raise PairmillError(
+            f"{other.url} against itself says nothing: give another dataset, such as the one tested on."
+        )
     return other
 
 

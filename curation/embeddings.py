@@ -60,15 +60,16 @@ class Embeddings:
     def _other_clip(self, like: Embeddings) -> str:
         return (
             f"{self.dataset.url}/{self.stage.path} was made by another CLIP ({self.model}) than "
-            f"{like.dataset.url}/{like.stage.path} ({like.model}): their cosines mean nothing. "
-            f"Make embeddings with the same one, under another name: {_command(self.dataset, 'NAME', like)}"
+            f"{like.dataset.url}/{like.stage.path} ({like.model}), or nothing tells that it is the same: cosines of "
+            f"two CLIPs mean nothing. Make both with one, under a new name: {_command(self.dataset, 'NAME', like)}"
         )
 
     def space(self) -> dict[str, Any]:
-        """What two embeddings must share to be compared."""
+        """What two embeddings must share to be compared. Imported ones know their model's name, not its weights."""
         sidecar = self.stage.sidecar()
         identity = sidecar.identity if sidecar else {}
-        return {key: identity.get(key) for key in _SPACE}
+        known = _SPACE if "weights" in identity else ("model",)
+        return {key: identity.get(key) for key in known}
 
     @property
     def model(self) -> str:
@@ -154,5 +155,7 @@ def _model(stage: Stage) -> str:
 
 
 def _command(dataset: Dataset, name: str, like: Embeddings | None) -> str:
-    model = f" --model {like.model} (the weights of {like.dataset.url}/{like.stage.path})" if like else ""
-    return f"pairmill score clip {dataset.url} --name {name}{model}"
+    command = f"pairmill score clip {dataset.url} --name {name}"
+    if like is None:
+        return command
+    return f"{command} --model MODEL, where MODEL made {like.dataset.url}/{like.stage.path}: {like.model}"

@@ -44,6 +44,9 @@ class ClusterConfig(StageConfig):
     )
     iterations: int = identity(20, "most steps of k-means", ge=1, le=1000)
     seed: int = identity(0, "of the clusters", ge=0)
+    fingerprint: str | None = identity(
+        None, "fingerprint of what lies outside the dataset; a selection's recipe holds it, and another one is an error"
+    )
     name: str | None = identity(None, "what the rule is called in reasons and the funnel")
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from benchmarks import (
     memory,
     near_duplicates,
     report,
+    semantic_dedup,
     statistics,
     training_input,
 )
@@ -175,6 +176,16 @@ def test_statistics_that_do_not_fit_the_pictures_are_not_timed(tmp_path):
 def test_filters_decide_alike(tmp_path):
     peers = Peers(generate(tmp_path / "scored", 2 * SHARD_ROWS), tmp_path)
     assert 0 < check_equal(peers) < 2 * SHARD_ROWS
+
+
+def test_both_kmeans_end_with_centroids_as_near(tmp_path):
+    dataset = semantic_dedup.generate(tmp_path / "ds", 3000)
+    assert (len(dataset), dataset.num_shards) == (3000, 1)
+    ours, peer = semantic_dedup.pairmill(dataset), semantic_dedup.faiss(dataset)
+    assert ours["mean cosine"] == pytest.approx(peer["mean cosine"], rel=0.05)
+    again = semantic_dedup.rule(dataset)
+    assert 2000 < again["kept"] < 2800  # every fourth row is nearly an earlier one, or is it
+    assert again["kept"] == semantic_dedup.rule(dataset)["kept"]
 
 
 def test_a_report_of_generated_rows_has_all_its_parts(tmp_path):

@@ -42,12 +42,15 @@ def write_embeddings(
     weights: str = "w" * 64,
     absent: str = "decode_error",
     shards: Sequence[int] | None = None,
+    identity: dict[str, Any] | None = None,
 ) -> None:
     """`features/NAME` from vectors over the whole dataset; a row that is None has the state `absent`."""
     dim = next((len(v) for v in vectors if v is not None), 4)
     schema = features_schema(clip_embedding_fields(dim), {"model": "ViT-B-32", "weights": weights, "normalised": True})
     stage = dataset.stage(f"features/{name}")
-    stage.begin(make_sidecar("score clip", name, (FEATURES, VERSION), StageConfig(), {"weights": weights}), "")
+    stage.begin(
+        make_sidecar("score clip", name, (FEATURES, VERSION), StageConfig(), identity or {"weights": weights}), ""
+    )
     start = 0
     for shard, rows in enumerate(dataset.manifest.shards):
         if shards is None or shard in shards:

@@ -12,7 +12,7 @@ from curation.draws import as_share, uid_draws
 from curation.filter import make_selection
 from schemas.errors import PairmillError
 from schemas.events import Notice
-from shards.select import read_selection
+from shards.select import read_selection, selection_about
 from tests.curation.scored import numbered, uid, write_dataset, write_scores
 
 # MetaCLIP's substr_matching.py and balancing.py in plain Python; draws as docs/commands.md says.
@@ -175,6 +175,19 @@ def test_entries_are_lines_or_a_json_list_each_once(tmp_path):
     assert read_entries(str(tmp_path / "a.txt")) == ["cat", " red dog", "猫"]
     (tmp_path / "a.json").write_text('["b", "a", "b", "", "\\ud800"]')
     assert read_entries(str(tmp_path / "a.json")) == ["b", "a"]
+
+
+def test_the_recipe_holds_the_entries_name_and_fingerprint(tmp_path):
+    dataset = write_dataset(tmp_path / "ds", numbered(2, 1, caption=["a dog", "a cat"]))
+    entries = entry_file(tmp_path, "dog")
+    select(dataset, {"balance": {"entries": entries, "t": 9}})
+    (recorded,) = selection_about(dataset, "s")["recipe"]["rules"]
+    assert recorded["balance"]["entries"] == "entries.txt"
+    again = {"balance": {**recorded["balance"], "entries": entries}}
+    assert select(dataset, again)[0] == [0]
+    entry_file(tmp_path, "cat")
+    with pytest.raises(PairmillError, match="is not what this recipe was made with"):
+        select(dataset, again)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from curation.cluster import NpyVectors
 from curation.filter import make_selection
 from schemas.errors import PairmillError
 from schemas.events import Notice
-from shards.select import read_selection
+from shards.select import read_selection, selection_about
 from tests.curation.embedded import unit_vectors, write_embeddings
 from tests.curation.scored import numbered, write_dataset
 
@@ -95,7 +95,7 @@ def test_a_target_set_without_embeddings_or_of_another_clip_names_the_command(tm
     dataset = embedded(tmp_path / "pool", axes(0, 1))
     target = write_dataset(tmp_path / "target", numbered(2, 1))
     rule = {"cluster": {"against": target.url}}
-    command = r"pairmill score clip \S+target --name {} --model ViT-B-32 \(the weights of \S+pool/features/clip\)"
+    command = r"pairmill score clip \S+target --name {} --model MODEL, where MODEL made \S+pool/features/clip: ViT-B-32"
     with pytest.raises(
         PairmillError, match="target has no embeddings features/clip .*Make them: " + command.format("clip")
     ):
@@ -127,7 +127,10 @@ def test_rows_of_the_target_set_without_an_embedding_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((2, 7), np.float32), r"t.npy holds vectors of 7 numbers, features/clip of 4.*--model ViT-B-32"),
+        (
+            np.zeros((2, 7), np.float32),
+            r"t.npy holds vectors of 7 numbers, features/clip of 4.*ViT-B-32.*pairmill score clip TARGET --name",
+        ),
         (np.zeros(4, np.float32), r"holds float32 \[4\]: floats \[rows, width\]"),
         (np.zeros((2, 4), np.int64), r"holds int64"),
         (np.zeros((0, 4), np.float32), r"\[0, 4\]"),
@@ -154,7 +157,36 @@ def test_a_missing_or_foreign_file_is_told(tmp_path):
         NpyVectors(str(tmp_path / "text.npy"))
 
 
+def test_the_recipe_names_the_target_set_and_runs_again(tmp_path):
+    dataset = embedded(tmp_path / "pool", axes(0, 1))
+    target = embedded(tmp_path / "target", axes(1))
+    with pytest.raises(PairmillError, match="against itself"):
+        select(dataset, {"cluster": dataset.url})
+    np.save(tmp_path / "c.npy", np.eye(4, dtype=np.float32))
+    given = {"against": target.url, "centroids": str(tmp_path / "c.npy")}
+    want = select(dataset, {"cluster": given})[0]
+    (recorded,) = selection_about(dataset, "s")["recipe"]["rules"]
+    settings_ = recorded["cluster"]
+    assert (settings_["against"], settings_["centroids"]) == ("target", "c.npy")  # beside the dataset, in this folder
+    again = {**settings_, "centroids": given["centroids"]}
+    assert select(dataset, {"cluster": again})[0] == want == [1]
+    np.save(tmp_path / "c.npy", 2 * np.eye(4, dtype=np.float32))
+    with pytest.raises(PairmillError, match="is not what this recipe was made with"):
+        select(dataset, {"cluster": again})
+
+
 def test_clusters_and_centroids_do_not_go_together(tmp_path):
     dataset = embedded(tmp_path, axes(0, 1))
     with pytest.raises(PairmillError, match="leave `clusters` out"):
         select(dataset, {"cluster": {"against": "t.npy", "centroids": "c.npy", "clusters": 3}})
+
+
+def test_embeddings_that_know_only_their_models_name_go_by_it(tmp_path):
+    """As `import datacomp` writes them."""
+    pool = embedded(tmp_path / "pool", axes(0, 1), identity={"model": "OpenAI CLIP ViT-L-14"})
+    same = embedded(tmp_path / "same", axes(0), identity={"model": "OpenAI CLIP ViT-L-14"})
+    assert select(pool, {"cluster": {"against": same.url, "clusters": 2}})[0] == [0]
+    for number, identity in enumerate(({"model": "OpenAI CLIP ViT-B-32"}, {"weights": "w"})):
+        other = embedded(tmp_path / str(number), axes(0), identity=identity)
+        with pytest.raises(PairmillError, match="or nothing tells that it is the same"):
+            select(pool, {"cluster": other.url})

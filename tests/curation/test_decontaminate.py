@@ -159,7 +159,7 @@ def test_hashes_made_in_another_way_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"against": "train"}, "against itself would drop every row"),
+        ({"against": "train"}, "against itself says nothing"),
         ({"against": "nowhere"}, "is not a dataset"),
         ({"against": "test", "near": None, "embeddings": None, "captions": False}, "nothing is compared"),
         ({}, "against"),
