@@ -69,9 +69,14 @@ class Balance(Rule[BalanceConfig]):
         counts: np.ndarray = np.zeros(len(self.entries), np.int64)
         for found, _ in parts:
             counts += np.bincount(found, minlength=len(counts))
-        share = np.concatenate([np.empty(0), *(keep_shares(*part, counts, self.config.t) for part in parts)])
-        hi, lo = (values[c].to_numpy()[rows] for c in ("uid_hi", "uid_lo"))
-        stays = as_share(uid_draws(hi, lo, self.config.seed)) < share
+        hi, lo = (values[c].to_numpy() for c in ("uid_hi", "uid_lo"))
+        stays: np.ndarray = np.empty(len(rows), bool)
+        done = 0
+        for found, lengths in parts:
+            mine = rows[done : done + len(lengths)]
+            draws = as_share(uid_draws(hi[mine], lo[mine], self.config.seed))
+            stays[done : done + len(lengths)] = draws < keep_shares(found, lengths, counts, self.config.t)
+            done += len(lengths)
         self._tell(counts, sum(int((lengths == 0).sum()) for _, lengths in parts), len(rows))
         keep: np.ndarray = np.ones(len(seen), bool)
         told: np.ndarray = np.ones(len(seen), bool)

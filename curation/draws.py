@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
+_BLOCK = 1 << 16
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -24,7 +25,11 @@ def uid_draws(hi: np.ndarray, lo: np.ndarray, seed: int) -> np.ndarray:
     Independent of `sample` and `split`, which take the uid's bytes as they are.
     """
     start = _mix(np.array([seed], np.uint64))
-    return _mix(_mix(start ^ hi) ^ lo)
+    out = np.empty(len(hi), np.uint64)
+    for begin in range(0, len(hi), _BLOCK):  # what lies between has a block's size
+        part = slice(begin, begin + _BLOCK)
+        out[part] = _mix(_mix(start ^ hi[part]) ^ lo[part])
+    return out
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -107,11 +108,11 @@ class Embeddings:
             done += len(local)
         return out
 
-    def _by_shard(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(shard, rows in it) of ascending numbers."""
         cuts = np.asarray(np.searchsorted(rows, self.starts))
-        used = np.flatnonzero(np.diff(cuts))
-        return [(int(s), rows[cuts[s] : cuts[s + 1]] - self.starts[s]) for s in used]
+        for shard in np.flatnonzero(np.diff(cuts)):
+            yield int(shard), rows[cuts[shard] : cuts[shard + 1]] - self.starts[shard]
 
     def _open(self, shard: int) -> _Shard:
         file = self.stage.file(shard)
