@@ -25,7 +25,7 @@ def uid_draws(hi: np.ndarray, lo: np.ndarray, seed: int) -> np.ndarray:
     Independent of `sample` and `split`, which take the uid's bytes as they are.
     """
     start = _mix(np.array([seed], np.uint64))
-    out = np.empty(len(hi), np.uint64)
+    out: np.ndarray = np.empty(len(hi), np.uint64)
     for begin in range(0, len(hi), _BLOCK):  # what lies between has a block's size
         part = slice(begin, begin + _BLOCK)
         out[part] = _mix(_mix(start ^ hi[part]) ^ lo[part])
