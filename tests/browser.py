@@ -54,7 +54,7 @@ KEYS = {
     "ArrowRight": ("ArrowRight", 39, ""),
     "ArrowDown": ("ArrowDown", 40, ""),
 }
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0  # a crowded machine loads torch in half a minute
 
 
 def find_chromium() -> str | None:
