@@ -172,20 +172,26 @@ class _Blanking:
         self.dataset, self.folder = dataset, dataset.folder
         self.rows: list[dict[str, Any]] = []  # what the log tells: uid, shard, row
         self._at: dict[int, np.ndarray] = {}  # shard -> rows whose uid is removed
+        self._shown = False  # whether a row of them still has its picture
         for stage, shards in _stages_with_urls(dataset):
-            frame = scan(stage, shards).select("uid").with_row_index("at").filter(pl.col("uid").is_in(uids.implode()))
-            index = frame.collect(engine="streaming")["at"].to_numpy()
+            wanted = ["uid", "status"] if stage.path == PAIRS else ["uid"]
+            frame = scan(stage, shards).select(wanted).with_row_index("at")
+            found = frame.filter(pl.col("uid").is_in(uids.implode())).collect(engine="streaming")
+            self._shown |= "status" in found and bool((found["status"] != STATUS).any())
+            index = found["at"].to_numpy()
             begin = starts(dataset, shards)
             owner = np.searchsorted(begin, index, side="right") - 1
             self._at |= {shards[s]: index[owner == s] - begin[s] for s in np.unique(owner)}
 
     def delete_pictures(self) -> int:
-        """Reports and matches hold thumbnails and captions."""
+        """Reports and matches hold thumbnails and captions: they go where a row is about to."""
+        if not self._shown:
+            return 0
         names = [f"reports/{n}" for n in self.folder.names("reports")]
         names += [f"selections/{n}" for n in self.folder.names("selections") if n.endswith(".matches.json")]
-        for name in names if self._at else ():
+        for name in names:
             self.folder.remove(name)
-        return len(names) if self._at else 0
+        return len(names)
 
     def blank(self, shard: int) -> int:
         """Blanks the rows of one shard wherever they are still whole; the number of files written."""
@@ -222,8 +228,7 @@ class _Blanking:
         blanked = _blanked(table, rows, dict.fromkeys(states, STATUS))
         if blanked.equals(table) and stage.digest(shard) == digest:
             return False
-        keep = {k: v for k, v in (table.schema.metadata or {}).items() if k not in (COUNTS, DIGEST)}
-        blanked = blanked.replace_schema_metadata(keep)
+        blanked = blanked.replace_schema_metadata(_without_footer(table.schema))
         write_table(self.folder, stage.file(shard), blanked, score_counts(blanked), digest)
         return True
 

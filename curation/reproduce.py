@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def _features(dataset: Dataset, sidecar: Sidecar) -> Stage:
 class _Sample(Part):
     """A few rows of a dataset: shard -> rows, in order."""
 
-    rows: Mapping[int, np.ndarray] = None  # type: ignore[assignment]
+    rows: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def kept(self, shard: int) -> np.ndarray:
         return self.rows.get(shard, np.empty(0, np.int64))

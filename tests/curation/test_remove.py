@@ -115,7 +115,11 @@ def test_a_second_request_adds_to_the_first_and_the_same_one_changes_nothing(tmp
     first = requests(tmp_path, "http://example.com/1.jpg")
     remove(dataset, first)
     assert remove(dataset, first) == Removal(0, 1, 0)  # its url is gone from the dataset
+    dataset.folder.write_bytes("reports/report.html", b"made since")
+    assert remove(dataset, first) == Removal(0, 1, 0)
+    assert dataset.folder.names("reports") == ["report.html"]
     remove(dataset, requests(tmp_path, "http://example.com/5.jpg"))
+    assert dataset.folder.names("reports") == []
     kept = read_table(dataset.folder, "removed.parquet").to_pylist()
     assert sorted(r["url"] for r in kept if r["url"]) == ["http://example.com/1.jpg", "http://example.com/5.jpg"]
     assert sum(r["uid"] is not None for r in kept) == 2
