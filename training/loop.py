@@ -71,15 +71,18 @@ class TrainResult:
 
 
 class Passes(nn.Module):
-    """All passes of a step in one forward, as DistributedDataParallel needs it."""
+    """All passes of a step and their losses in one forward: DistributedDataParallel sees what the loss hangs on."""
 
     def __init__(self, model: VisionLanguageModel, objectives: Sequence[Objective]) -> None:
         super().__init__()
         self.model = model
         self.objectives = nn.ModuleList(objectives)
 
-    def forward(self, batches: Sequence[Batch], routes: Sequence[str]) -> list[Outputs]:
-        return [self.model(batch, route=route) for batch, route in zip(batches, routes, strict=True)]
+    def forward(
+        self, objectives: Sequence[tuple[float, Objective]], batches: Sequence[Batch], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = [self.model(b, route=o.route) for b, (_, o) in zip(batches, objectives, strict=True)]
+        return sum_losses(objectives, outputs, batches, generator)
 
 
 def at_step(objectives: Sequence[tuple[float, Objective]], step: int, steps: int) -> list[tuple[float, Objective]]:
@@ -233,8 +236,7 @@ class Trainer:
             prepared = [o.prepare(batch, generator) for _, o in objectives]
         prepared = [b.to(self.accelerator.device, non_blocking=True) for b in prepared]
         with self.accelerator.autocast():
-            outputs = passes(prepared, [o.route for _, o in objectives])
-            total, metrics = sum_losses(objectives, outputs, prepared, generator)
+            total, metrics = passes(objectives, prepared, generator)
         self.accelerator.backward(total / self.config.accumulate)
         return total.detach(), metrics
 

@@ -281,3 +281,18 @@ def killed_at(command, marker, log):
         time.sleep(1.0)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_of_a_picture_and_its_copy_it_does_not_matter_which_one_went():
+    frame = pl.DataFrame(
+        {
+            "index": [0, 1, 2, 3],
+            "truth": ["clean", "duplicate", "clean", "reencoded"],
+            "truth_of": [None, 0, None, 2],
+            "keep": [False, True, False, True],
+            "reason": ["dedup near hash.phash, 4 bits", None, "top 0.85 by clip_score", None],
+        }
+    )
+    found = truth._one_of_each(frame)
+    assert found["keep"].to_list() == [True, False, False, True]  # the second went for another reason
+    assert found["reason"].to_list() == [None, "dedup near hash.phash, 4 bits", "top 0.85 by clip_score", None]

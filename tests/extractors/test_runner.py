@@ -426,3 +426,23 @@ def test_cuda_copies_come_back_whole():
 
 def test_the_pictures_differ_in_shape():
     assert len(set(SIZES)) == 5  # batches by shape are tested with them
+
+
+def test_decoders_wait_while_a_batch_is_computed_on_the_cpu(dataset: Dataset, monkeypatch: pytest.MonkeyPatch):
+    device = Device("cpu", "fp32")
+    with device.computing():
+        assert not device.cores_free.is_set()
+    assert device.cores_free.is_set()
+    with pytest.raises(ZeroDivisionError), device.computing():
+        raise ZeroDivisionError
+    assert device.cores_free.is_set()
+    seen = []
+    waits = Device.computing
+
+    def watched(self: Device) -> Any:
+        seen.append(self)
+        return waits(self)
+
+    monkeypatch.setattr(Device, "computing", watched)
+    run_toy(dataset)
+    assert seen

@@ -298,11 +298,20 @@ def two_processes(file, dataset, output, *flags):
     assert [p.returncode for p in processes] == [0, 0], errors
 
 
+WORDS_FIRST = [
+    {"name": "masked_language", "end": 0.6},
+    {"name": "matching", "begin": 0.6},
+    {"name": "alignment", "weight": 0.1, "begin": 0.6},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_two_processes_train_as_one_does(tmp_path, dataset, name):
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in MODELS), ("vilt", {"objectives": WORDS_FIRST})], ids=str
+)
+def test_two_processes_train_as_one_does(tmp_path, dataset, name, changes):
     model = {**MODELS[name]["model"], **({"dropout": 0.0} if name == "vilt" else {})}
-    file = preset(tmp_path, name, model=model)
+    file = preset(tmp_path, name, model=model, **changes)
     one = train(resolve(file, {}), [dataset.url], tmp_path / "one", lambda event: None)
     two_processes(file, dataset, tmp_path / "two", "--stop", "2")
     two_processes(file, dataset, tmp_path / "two")
