@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from schemas.errors import PairmillError
 from schemas.events import Emit, Notice, Progress, StageStarted
+from shards.memory import keep_freed_memory
 from training.batch import Batch
 from training.checkpoint import METRICS, Run
 from training.config import TrainConfig
@@ -135,6 +136,8 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=precision, cpu=self.config.device == "cpu", kwargs_handlers=[parallel]
         )
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.step = 0
         self.best: float | None = None
         self.best_step: int | None = None

@@ -569,8 +569,9 @@ def test_memory_does_not_grow_with_the_list(tmp_path, kind):
     for rows in (80_000, 240_000):
         path = tmp_path / f"{rows}.{kind}"
         path.write_bytes(
-            encoded(kind, [{"url": f"http://h/{i}", "caption": f"{i} " + "word " * 60} for i in range(rows)])
+            encoded(kind, [{"url": f"http://h/{i}", "caption": f"{i} " + "word " * 240} for i in range(rows)])
         )
         child = [sys.executable, "-c", PEAK, path, tmp_path / f"ds{rows}"]
         peaks.append(int(subprocess.run(child, capture_output=True, check=True, cwd=_root()).stdout))
-    assert peaks[1] - peaks[0] < 30_000, f"peak {peaks[0]} kB at 80 000 rows, {peaks[1]} kB at 240 000"
+    # Captions of 190 MB more; allocators alone make two runs of one list differ by 20 MB.
+    assert peaks[1] - peaks[0] < 80_000, f"peak {peaks[0]} kB at 80 000 rows, {peaks[1]} kB at 240 000"
