@@ -108,7 +108,10 @@ def what_if(label: str, threshold: Threshold, values: pl.Series, candidates: pl.
     ranked = np.sort(values.filter(candidates & values.is_not_null()).to_numpy().astype(np.float64))
     if not len(ranked):
         return Curve(label, threshold.column, threshold.op, threshold.value, ())
-    at: np.ndarray = np.unique(np.append(np.quantile(ranked, np.linspace(0, 1, CURVE_POINTS)), threshold.value))
+    at: np.ndarray = np.append(np.quantile(ranked, np.linspace(0, 1, CURVE_POINTS)), threshold.value)
+    if values.dtype == pl.Float32:  # a rule compares in the column's own precision
+        at = at.astype(np.float32).astype(np.float64)
+    at = np.unique(at)
     side: Literal["left", "right"] = "left" if threshold.op in (">=", "<") else "right"
     below: list[int] = np.atleast_1d(np.searchsorted(ranked, at, side)).tolist()
     left = [len(ranked) - n for n in below] if threshold.op[0] == ">" else below

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from extractors.protocol import Extractor, Loader
 from schemas.errors import PairmillError
-from shards.memory import keep_freed_memory
 
 Batch = dict[str, Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,8 +78,6 @@ class Device:
         if self.cuda:
             torch.cuda.set_device(self.device)
             self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
-        else:
-            keep_freed_memory()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Reduced precision where the model's operations take it; nothing in fp32."""

@@ -21,6 +21,7 @@ from shards.dataset import Stage
 from shards.files import check_space
 from shards.hand import RowInHand, read_hand, read_note
 from shards.locks import lock
+from shards.memory import keep_freed_memory
 
 MOST_TRIES = 20  # how often a shard may wait behind a task that takes its worker down
 # Ctrl-C reaches every process of the terminal's group; this process decides, and closes the workers.
@@ -117,6 +118,7 @@ def _in_process(
     emit: Emit,
     gpus: int,
 ) -> Iterator[ShardDone | ShardFailed]:
+    keep_freed_memory()
     before, before_failed = 0, 0
     for shard in pending:
         start = time.monotonic()
@@ -154,6 +156,7 @@ def _run_one(
     work: ShardWork, shard: int, hand: str | None, crashed: frozenset[int], suspects: frozenset[int]
 ) -> dict[str, int]:
     """What a Dask worker runs."""
+    keep_freed_memory()
     return dict(work(shard, RowInHand(Path(hand) if hand else None, crashed, suspects)))
 
 

@@ -94,12 +94,14 @@ class PairsWriter:
 
     def _settle(self) -> None:
         if self._rows:
-            self._parts.append(pa.Table.from_pylist(self._rows, schema=self.schema))
+            columns = [_array([row.get(field.name) for row in self._rows], field.type) for field in self.schema]
             self._rows = []
+            self._parts.append(pa.Table.from_arrays(columns, schema=self.schema))
 
     def _flush(self) -> None:
         self._settle()
-        table = pa.concat_tables([self.schema.empty_table(), *self._parts]).combine_chunks()
+        parts = self._parts or [self.schema.empty_table()]
+        table = parts[0] if len(parts) == 1 else pa.concat_tables(parts).combine_chunks()
         if len(table) or not self._seen:
             self.writer.write_table(table, row_group_size=max(1, len(table)))
             self._seen.append(table.select(["status", "sha256"]))
@@ -118,6 +120,17 @@ def footer(counts: Mapping[str, int], digest: str | None = None, whole: str | No
     out = {COUNTS.decode(): json.dumps(dict(sorted(counts.items())))}
     made_from = {DIGEST.decode(): digest, WHOLE.decode(): whole}
     return out | {key: value for key, value in made_from.items() if value is not None}
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """As `pa.array`, whose buffers grow by doubling; images are put into one of their own size."""
+    if not pa.types.is_large_binary(kind):
+        return pa.array(values, kind)
+    lengths = np.array([len(value or b"") for value in values])
+    valid = pa.array([value is not None for value in values]).buffers()[1]
+    offsets = pa.py_buffer(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    data = pa.py_buffer(b"".join(value for value in values if value is not None))
+    return pa.Array.from_buffers(kind, len(values), [valid, offsets, data], values.count(None))
 
 
 @contextlib.contextmanager
