@@ -97,6 +97,7 @@ def train(steps: int, threads: int) -> torch.nn.Module:
 def recall(folder: Path, count: int = 300) -> dict[str, float]:
     """Share of true objects found at IoU 0.5, with any and with the right class, from the stored weights."""
     from extractors.regions.config import RegionsConfig
+    from extractors.regions.protocol import find_regions
     from extractors.regions.selection import rows_from_proposals
     from extractors.regions.torchvision import TorchvisionDetector
 
@@ -109,8 +110,7 @@ def recall(folder: Path, count: int = 300) -> dict[str, float]:
         hits = np.zeros(3)
         for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + count):
             scene = generate_scene(seed, 2 * TRAINED_PX)
-            image = torch.from_numpy(scene.image).permute(2, 0, 1)
-            rows = rows_from_proposals(detector.propose([image])[0], config)
+            rows = rows_from_proposals(find_regions(detector, [scene.image])[0], config)
             boxes, classes = label(scene)
             near = torchvision.ops.box_iou(torch.from_numpy(boxes), torch.from_numpy(rows["boxes"])) >= 0.5
             right = near.numpy() & (rows["obj_id"][None] == classes[:, None] - 1)

@@ -34,7 +34,7 @@ from shards.reader import group_rows, row_groups
 Row = dict[str, Any]
 Rows = list[tuple[int, Row]]  # row numbers and columns
 Ready = Callable[[], Rows]  # waits until they are there
-AT_ONCE = 16  # rows that go to the writer together where there is no device: its thread wakes up so much less often
+AT_ONCE = 16  # rows that go from thread to thread together where there is no device: each wakes up so much less often
 WINDOW = 16  # batches; a row of a rare shape waits for company no longer than this
 
 
@@ -118,13 +118,14 @@ class ShardRun:
 
     def _results(self, pool: ThreadPoolExecutor) -> Generator[Ready, None, None]:
         """For each batch a function that waits for its rows: (number, columns)."""
-        size = self.work.settings.batch_size
-        wait = 2 * max(size or AT_ONCE, self.work.settings.threads)
-        items = map_ahead(pool, self._prepare, self._rows(), wait)
+        size, threads = self.work.settings.batch_size, self.work.settings.threads
+        source = self._rows()
         if not size:
-            while ready := list(islice(items, AT_ONCE)):
+            parts = iter(lambda: list(islice(source, AT_ONCE)), [])
+            for ready in map_ahead(pool, self._prepare_all, parts, 2 * threads):
                 yield _given(ready)
             return
+        items = map_ahead(pool, self._prepare, source, 2 * max(size, threads))
         for failed, rows, batch_items, batch in ahead(self._batches(items, size), 2):
             if failed:
                 yield _given(failed)
@@ -154,6 +155,9 @@ class ShardRun:
                 return number, {"state": OK, **self.extractor.prepare(rgb, row)}
         except ImageError as error:
             return number, {"state": error.status}
+
+    def _prepare_all(self, rows: list[tuple[int, Row]]) -> Rows:
+        return [self._prepare(row) for row in rows]
 
     def _batches(
         self, items: Iterator[tuple[int, Item]], size: int

@@ -17,6 +17,15 @@ def load_detector(config: RegionsConfig) -> Detector:
         from extractors.regions.torchvision import TorchvisionDetector
 
         return TorchvisionDetector(config)
+    if backend == "rcnn" and name:
+        from extractors.regions.rcnn_detector import plain_detector
+
+        return plain_detector(config)
+    if backend == "butd":
+        from extractors.regions.butd import butd_detector
+
+        return butd_detector(config)
     raise PairmillError(
-        f"`--detector {config.detector}`: no such backend. Pass torchvision:tiny, or torchvision:NAME with --weights."
+        f"`--detector {config.detector}`: no such backend. Pass torchvision:tiny, or with --weights torchvision:NAME, "
+        "rcnn:C4, rcnn:FPN or butd."
     )

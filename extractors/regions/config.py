@@ -18,7 +18,9 @@ class RegionsConfig(DeviceConfig):
 
     name: str = execution("regions", "name of the feature set", pattern=NAME)
 
-    detector: str = identity("torchvision:tiny", "torchvision:tiny, or torchvision:NAME with weights")
+    detector: str = identity(
+        "torchvision:tiny", "torchvision:tiny, or with weights torchvision:NAME, rcnn:C4, rcnn:FPN, butd"
+    )
     weights: str | None = execution(
         None, "weights file, or DEFAULT for torchvision's own; `torchvision:tiny` brings its own"
     )

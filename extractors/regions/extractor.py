@@ -29,7 +29,7 @@ from shards.reader import open_parquet
 
 _CPU_BATCH = 4
 _USUAL_BOXES = 40
-_LARGE_IMAGE = (3, 800, 1067)
+_LARGE_IMAGE = (800, 1067, 3)
 _PARTS = ("boxes", "features", "class_probs", "regressed", "attribute_probs")
 
 
@@ -66,8 +66,10 @@ class RegionExtractor:
     detector: Detector
 
     def prepare(self, rgb: np.ndarray, row: Row) -> Item:
-        """uint8 [H, W, 3] -> the item's `image`, uint8 [3, H, W], and `boxes`, float32 [R, 4], where given."""
-        item: Item = {"image": torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))}
+        """uint8 [H, W, 3] -> the item's `image`, as the detector prepares it, its `size` (H, W), int64 [2], and where
+        given `boxes`, float32 [R, 4].
+        """
+        item: Item = {"image": self.detector.prepare(rgb), "size": torch.tensor(rgb.shape[:2])}
         if self.config.boxes is not None:
             value = row[self.config.boxes]
             boxes = given_boxes(value, self.config.boxes_space, row, (rgb.shape[0], rgb.shape[1]))
@@ -76,18 +78,20 @@ class RegionExtractor:
 
     def key(self, item: Item) -> Hashable:
         """Images that the detector computes in one pass."""
-        _, height, width = item["image"].shape
+        height, width = item["size"].tolist()
         return self.detector.key(height, width)
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Images differ in size: one tensor each, `image.0` and so on, and `boxes.0` where given."""
+        """Images differ in size: one tensor each, `image.0`, `size.0` and so on, and `boxes.0` where given."""
         return {f"{name}.{i}": tensor for i, item in enumerate(items) for name, tensor in item.items()}
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """All images' proposals one after the other; `counts` [B] are their numbers, `image_feature` [B, D]."""
         images = [v for k, v in batch.items() if k.startswith("image.")]
         boxes = [v for k, v in batch.items() if k.startswith("boxes.")]
-        found = self.detector.describe(images, boxes) if boxes else self.detector.propose(images)
+        stored = torch.stack([v for k, v in batch.items() if k.startswith("size.")]).tolist()
+        sizes = [(height, width) for height, width in stored]
+        found = self.detector.describe(images, boxes, sizes) if boxes else self.detector.propose(images, sizes)
         out = {
             "counts": torch.tensor([len(f.boxes) for f in found], device=images[0].device),
             "image_feature": torch.stack([f.image_feature for f in found]),
@@ -105,13 +109,17 @@ class RegionExtractor:
         for i, feature in enumerate(outputs["image_feature"]):
             own = {name: torch.from_numpy(part[i]) for name, part in parts.items()}
             proposals = Proposals(image_feature=torch.from_numpy(feature), **own)
-            row = rows_from_proposals(proposals, self.config, given=self.config.boxes is not None)
+            given = self.config.boxes is not None
+            row = rows_from_proposals(proposals, self.config, given=given, inclusive=self.detector.inclusive)
             rows.append(row | {"boxes": row["boxes"].tolist()})
         return rows
 
     def example(self) -> Item:
         """A large image; given boxes of the usual number."""
-        item = {"image": torch.zeros(_LARGE_IMAGE, dtype=torch.uint8)}
+        item = {
+            "image": self.detector.prepare(np.zeros(_LARGE_IMAGE, np.uint8)),
+            "size": torch.tensor(_LARGE_IMAGE[:2]),
+        }
         if self.config.boxes is not None:
             item["boxes"] = torch.tensor([[0.0, 0.0, 100.0, 100.0]]).repeat(_USUAL_BOXES, 1)
         return item

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from torch import Tensor
 class Proposals:
     """One image's candidate boxes, all fp32 on the detector's device, in the detector's order.
 
-    boxes            [R, 4]    x1 y1 x2 y2, pixels of the image that was given, exclusive maximum
+    boxes            [R, 4]    x1 y1 x2 y2, pixels of the stored image, exclusive maximum (but see `inclusive`)
     features         [R, D]    pooled over `boxes`
     class_probs      [R, C+1]  sums to 1, background first
     attribute_probs  [R, A+1]  "no attribute" first; None where the detector knows none
@@ -38,25 +39,42 @@ class Detector(Protocol):
     attributes   attribute names, () where there are none
     feature_dim  D
     fingerprint  changes with anything that changes the rows: name, weights' sha256, input size
+    inclusive    boxes include their last pixel: widths are x2 - x1 + 1 (Caffe), and suppression counts so
     """
 
     classes: tuple[str, ...]
     attributes: tuple[str, ...]
     feature_dim: int
     fingerprint: str
+    inclusive: bool
+
+    def prepare(self, rgb: np.ndarray) -> Tensor:
+        """uint8 [H, W, 3] -> what the network is given of it, [3, h, w]; for a decoding thread."""
+        ...
 
     def key(self, height: int, width: int) -> Hashable:
         """Images of equal keys are computed in one pass, height and width in px; others take one pass each."""
         ...
 
-    def propose(self, images: Sequence[Tensor]) -> list[Proposals]:
-        """Boxes of the detector's own. images: uint8 [3, H, W] RGB, any sizes."""
+    def propose(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Proposals]:
+        """Boxes of the detector's own. images: as `prepare` gives them; sizes: (height, width) of the stored ones."""
         ...
 
-    def describe(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[Proposals]:
-        """Features and probabilities of given boxes, [R, 4] fp32 px per image, R may be 0."""
+    def describe(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Proposals]:
+        """Features and probabilities of given boxes, [R, 4] fp32 px of the stored image, R may be 0."""
         ...
 
     def to(self, device: torch.device | str) -> Detector:
         """Move the weights; returns self."""
         ...
+
+
+def find_regions(
+    detector: Detector, images: Sequence[np.ndarray], boxes: Sequence[Tensor] | None = None
+) -> list[Proposals]:
+    """Proposals of images as they are decoded, uint8 [H, W, 3] RGB; with `boxes`, [R, 4] px each, those described."""
+    prepared = [detector.prepare(rgb) for rgb in images]
+    sizes = [(rgb.shape[0], rgb.shape[1]) for rgb in images]
+    return detector.propose(prepared, sizes) if boxes is None else detector.describe(prepared, boxes, sizes)

@@ -193,13 +193,15 @@ def visualbert_rows(
     return rows[:max_cap] if max_cap is not None and len(kept) > max_cap else kept
 
 
-def rows_from_proposals(proposals: Proposals, config: RegionsConfig, *, given: bool = False) -> dict[str, Any]:
+def rows_from_proposals(
+    proposals: Proposals, config: RegionsConfig, *, given: bool = False, inclusive: bool = False
+) -> dict[str, Any]:
     """One image's stored columns, N boxes sorted by confidence (`given` boxes: all, in the given order).
 
     num_boxes N; boxes float32 [N, 4]; features float16 [N, D]; det_conf float32 [N]; obj_id int32 [N], 0-based
     foreground; obj_conf float32 [N]; where the detector knows attributes attr_id int32 and attr_conf float32
     [N]; cls_probs float16 [N, C+1], or cls_topk_idx int32 and cls_topk_p float16 [N, K] (0-based foreground) with
-    bg_p float32 [N], or none of them; image_feat float16 [D].
+    bg_p float32 [N], or none of them; image_feat float16 [D]. `inclusive` boxes overlap as Caffe counts them.
     """
     boxes = proposals.boxes
     if config.box_source == "regressed" and proposals.regressed is not None:
@@ -210,7 +212,8 @@ def rows_from_proposals(proposals: Proposals, config: RegionsConfig, *, given: b
         kept, confidence = np.arange(len(at)), probs[:, 1:].max(1, initial=0)
     else:
         conf, low, high = config.conf, config.min_boxes, config.max_boxes
-        confidence = max_confidence(at, probs, config.nms, conf=conf, min_boxes=low, max_boxes=high)
+        counting = {"inclusive": inclusive, "suppress_equal": inclusive}
+        confidence = max_confidence(at, probs, config.nms, **counting, conf=conf, min_boxes=low, max_boxes=high)
         kept = keep_boxes(confidence, conf, low, high)
     rows: dict[str, Any] = {
         "num_boxes": len(kept),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import urllib.error
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,8 +19,9 @@ from torchvision.ops import clip_boxes_to_image
 from extractors.regions.config import RegionsConfig
 from extractors.regions.protocol import Proposals
 from extractors.regions.tiny import TRAINED_PX, build_tiny
+from extractors.regions.weights import file_digest, fill, require, vocabulary
 from schemas.errors import PairmillError, suggest
-from shards.weights import read_checkpoint, read_json
+from shards.weights import read_checkpoint
 
 NAMES = (
     "fasterrcnn_resnet50_fpn",
@@ -34,7 +35,6 @@ TINY = "tiny"
 _TINY_WEIGHTS = Path(__file__).with_name("tiny.safetensors")
 # What region features are pooled from in the field (bottom-up attention): 300 proposals, 600 x 1000 px.
 _PROPOSALS, _SHORTER_PX = 300, 600
-_SHOWN_NAMES = 4
 
 
 class TorchvisionDetector:
@@ -49,6 +49,7 @@ class TorchvisionDetector:
     """
 
     attributes: tuple[str, ...] = ()
+    inclusive = False
 
     def __init__(self, config: RegionsConfig) -> None:
         name = config.detector.removeprefix("torchvision:")
@@ -58,7 +59,7 @@ class TorchvisionDetector:
                 f"{suggest(name, (TINY, *NAMES))} Known: {', '.join((TINY, *NAMES))}."
             )
         path = weights_file(name, config.weights)
-        digest = _sha256(path)
+        digest = file_digest(path)
         self.model = _load(name, path, digest, config).eval()
         self.classes = _class_names(self.model, path)
         if config.top_classes > len(self.classes):
@@ -77,11 +78,17 @@ class TorchvisionDetector:
         self.model.to(device)
         return self
 
-    def propose(self, images: Sequence[Tensor]) -> list[Proposals]:
+    def prepare(self, rgb: np.ndarray) -> Tensor:
+        """uint8 [H, W, 3] -> uint8 [3, H, W]: torchvision resizes on the device."""
+        return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+
+    def propose(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Proposals]:
         """Boxes of the region proposal network. images: uint8 [3, H, W] RGB, any sizes."""
         return self._run(images, None)
 
-    def describe(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[Proposals]:
+    def describe(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Proposals]:
         """Features and probabilities of given boxes, fp32 [R, 4] px per image; `regressed` is None."""
         return self._run(images, boxes)
 
@@ -235,15 +242,10 @@ def _hub_hash(url: str) -> str:
     return Path(url).stem.rsplit("-", 1)[1]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _load(name: str, path: Path, digest: str, config: RegionsConfig) -> FasterRCNN:
     state = {k: v.float() if v.is_floating_point() else v for k, v in read_checkpoint(path).tensors.items()}
     model = _build_tiny(path, state, config) if name == TINY else _build(name, path, state, config)
-    _fill(model, state, f"torchvision:{name}", path)
+    fill(model, state, f"torchvision:{name}", path)
     if _is_first_coco_file(name, digest):
         _set_epsilon(model, 0.0)
     return model
@@ -263,7 +265,7 @@ def _set_epsilon(model: FasterRCNN, epsilon: float) -> None:
 
 
 def _build(name: str, path: Path, state: Mapping[str, Tensor], config: RegionsConfig) -> FasterRCNN:
-    classes = _rows(state, "roi_heads.box_predictor.cls_score.weight", name, path)
+    classes = len(require(state, "roi_heads.box_predictor.cls_score.weight", f"torchvision:{name}", path))
     shorter = config.size or _SHORTER_PX
     return get_model(
         name,
@@ -277,50 +279,18 @@ def _build(name: str, path: Path, state: Mapping[str, Tensor], config: RegionsCo
 
 
 def _build_tiny(path: Path, state: Mapping[str, Tensor], config: RegionsConfig) -> FasterRCNN:
-    shapes = _rows(state, "roi_heads.box_predictor.shape.weight", TINY, path) - 1
-    colours = _rows(state, "roi_heads.box_predictor.colour.weight", TINY, path)
+    shapes = len(require(state, "roi_heads.box_predictor.shape.weight", f"torchvision:{TINY}", path)) - 1
+    colours = len(require(state, "roi_heads.box_predictor.colour.weight", f"torchvision:{TINY}", path))
     return build_tiny(shapes, colours, config.size or TRAINED_PX, config.proposals or 100)
-
-
-def _rows(state: Mapping[str, Tensor], key: str, name: str, path: Path) -> int:
-    if key not in state:
-        first = ", ".join(list(state)[:_SHOWN_NAMES])
-        raise PairmillError(
-            f"`{path}` does not fit `torchvision:{name}`: it has no `{key}`; its first names are {first}. "
-            "Pass the detector that the file was made for."
-        )
-    return int(state[key].shape[0])
-
-
-def _fill(model: FasterRCNN, state: Mapping[str, Tensor], name: str, path: Path) -> None:
-    """Load every tensor. Counters of batches seen are no weights: they may be there or not."""
-    own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    theirs = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    complaints = {
-        "missing": [k for k in own if k not in theirs],
-        "unexpected": [k for k in theirs if k not in own],
-        "of another shape": [k for k in own if k in theirs and own[k].shape != theirs[k].shape],
-    }
-    if any(complaints.values()):
-        told = "; ".join(f"{len(v)} {what}: {_first(v)}" for what, v in complaints.items() if v)
-        raise PairmillError(f"`{path}` does not fit `{name}`: {told}. Pass the detector that the file was made for.")
-    model.load_state_dict(theirs, strict=False)
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
 
 
 def _class_names(model: FasterRCNN, path: Path) -> tuple[str, ...]:
     """From `classes` of the JSON file beside the weights; COCO's for its 90; else class_0, class_1, ..."""
     with torch.inference_mode():
         count = model.roi_heads.box_predictor(torch.zeros(1, _head_width(model)))[0].shape[1] - 1
-    beside = path.with_suffix(".json")
-    if beside.is_file():
-        names = read_json(beside).get("classes", [])
-        if len(names) != count:
-            raise PairmillError(f"`{beside}` names {len(names)} classes, `{path.name}` has {count}.")
-        return tuple(str(n) for n in names)
+    named = vocabulary(path, "classes", count)
+    if named is not None:
+        return named
     coco = get_model_weights(NAMES[0]).DEFAULT.meta["categories"][1:]
     return tuple(coco) if count == len(coco) else tuple(f"class_{i}" for i in range(count))
 

@@ -9,6 +9,7 @@ from cli.demo.scenes import generate_scene
 from extractors.regions.backends import load_detector
 from extractors.regions.config import RegionsConfig
 from extractors.regions.extractor import RegionLoader, extract_regions, given_boxes
+from extractors.regions.protocol import find_regions
 from extractors.regions.selection import rows_from_proposals
 from schemas.errors import PairmillError
 from schemas.features import about
@@ -49,8 +50,7 @@ def test_rows_are_those_of_the_detector_image_by_image(tmp_path):
                 assert stored["features"] is None
                 continue
             assert state == "ok"
-            rgb = torch.from_numpy(decode_rgb(images[row].as_py()).copy()).permute(2, 0, 1)
-            want = rows_from_proposals(detector.propose([rgb])[0], config)
+            want = rows_from_proposals(find_regions(detector, [decode_rgb(images[row].as_py())])[0], config)
             assert stored["num_boxes"] == want["num_boxes"] > 0
             assert np.allclose(np.array(stored["boxes"]), want["boxes"], atol=1e-2)
             assert np.allclose(stored["features"], want["features"], atol=2e-2)

@@ -15,6 +15,7 @@ from cli.demo.scenes import generate_scene
 from extractors.regions import torchvision as backend
 from extractors.regions.backends import load_detector
 from extractors.regions.config import RegionsConfig
+from extractors.regions.protocol import find_regions
 from extractors.regions.selection import rows_from_proposals
 from extractors.regions.torchvision import TorchvisionDetector, weights_file
 from schemas.errors import PairmillError
@@ -49,6 +50,11 @@ def mobile(weights):
     return TorchvisionDetector(config)
 
 
+def _find(detector, images, boxes=None):
+    """Images as uint8 [3, H, W] tensors."""
+    return find_regions(detector, [image.permute(1, 2, 0).numpy() for image in images], boxes)
+
+
 def _close(a, b, tolerance=1e-4):
     for name in ("boxes", "features", "class_probs", "image_feature", "regressed"):
         x, y = getattr(a, name), getattr(b, name)
@@ -57,7 +63,7 @@ def _close(a, b, tolerance=1e-4):
 
 
 def test_shapes(mobile):
-    (found,) = mobile.propose([_image(0, (120, 200))])
+    (found,) = _find(mobile, [_image(0, (120, 200))])
     count = len(found.boxes)
     assert 0 < count <= 20
     assert found.features.shape == (count, mobile.feature_dim) == (count, 1024)
@@ -82,7 +88,7 @@ def test_equal_to_torchvisions_own_forward(mobile):
         model([image.float() / 255])
     for hook in hooks:
         hook.remove()
-    (found,) = mobile.propose([image])
+    (found,) = _find(mobile, [image])
     height, width = mobile._prepare(image)[1]
     proposals = seen["rpn"][0][0] * torch.tensor([230 / width, 150 / height] * 2)
     assert torch.allclose(found.boxes, proposals, atol=1e-3)
@@ -95,10 +101,10 @@ def test_rows_do_not_depend_on_the_batch(name, request):
     detector = request.getfixturevalue(name)
     sizes = [128, (96, 160), 128, 64]
     images = [_image(seed, size) for seed, size in enumerate(sizes)]
-    together = detector.propose(images)
+    together = _find(detector, images)
     for image, found in zip(images, together, strict=True):
-        _close(found, detector.propose([image])[0])
-    backwards = detector.propose(images[::-1])[::-1]
+        _close(found, _find(detector, [image])[0])
+    backwards = _find(detector, images[::-1])[::-1]
     for a, b in zip(together, backwards, strict=True):
         _close(a, b)
 
@@ -111,8 +117,8 @@ def test_key_is_the_padded_size(size, mobile):
 
 def test_given_boxes_get_the_features_of_equal_proposals(mobile):
     images = [_image(3, (140, 200)), _image(4, 100)]
-    proposed = mobile.propose(images)
-    described = mobile.describe(images, [p.boxes for p in proposed])
+    proposed = _find(mobile, images)
+    described = _find(mobile, images, [p.boxes for p in proposed])
     for a, b in zip(proposed, described, strict=True):
         assert torch.allclose(a.boxes, b.boxes, atol=1e-3)
         assert torch.allclose(a.features, b.features, atol=1e-3, rtol=1e-3)
@@ -122,25 +128,25 @@ def test_given_boxes_get_the_features_of_equal_proposals(mobile):
 
 
 def test_no_given_boxes_and_no_images(tiny):
-    (found,) = tiny.describe([_image(0, 128)], [torch.zeros(0, 4)])
+    (found,) = _find(tiny, [_image(0, 128)], [torch.zeros(0, 4)])
     assert found.boxes.shape == (0, 4)
     assert found.features.shape == (0, tiny.feature_dim)
     assert found.image_feature.shape == (tiny.feature_dim,)
-    assert tiny.propose([]) == []
+    assert _find(tiny, []) == []
 
 
 @pytest.mark.parametrize("size", [(1, 900), (900, 1), (2, 2), (33, 500)])
 def test_extreme_shapes(size, tiny):
     image = torch.zeros(3, *size, dtype=torch.uint8)
-    (found,) = tiny.propose([image])
+    (found,) = _find(tiny, [image])
     assert torch.isfinite(found.features).all()
-    _close(tiny.propose([_image(5, 128), image])[1], found)
+    _close(_find(tiny, [_image(5, 128), image])[1], found)
 
 
 def test_a_narrow_first_image_changes_nothing(tiny):
     other = TorchvisionDetector(RegionsConfig())
-    other.propose([torch.zeros(3, 8, 500, dtype=torch.uint8)])
-    _close(other.propose([_image(6, 128)])[0], tiny.propose([_image(6, 128)])[0])
+    _find(other, [torch.zeros(3, 8, 500, dtype=torch.uint8)])
+    _close(_find(other, [_image(6, 128)])[0], _find(tiny, [_image(6, 128)])[0])
 
 
 def _recall(detector, config, seeds):
@@ -148,7 +154,7 @@ def _recall(detector, config, seeds):
     for seed in seeds:
         scene = generate_scene(seed, 256)
         image = torch.from_numpy(scene.image).permute(2, 0, 1)
-        rows = rows_from_proposals(detector.propose([image])[0], config)
+        rows = rows_from_proposals(_find(detector, [image])[0], config)
         names = [detector.classes[i] for i in rows["obj_id"]]
         for thing in scene.objects:
             near = _iou(np.array(thing.box, np.float32), rows["boxes"]) >= 0.5
@@ -174,7 +180,7 @@ def test_tiny_names_little_that_is_not_there(tiny):
     named = []
     for seed in range(20_000_000, 20_000_020):
         scene = generate_scene(seed, 256)
-        rows = rows_from_proposals(tiny.propose([torch.from_numpy(scene.image).permute(2, 0, 1)])[0], config)
+        rows = rows_from_proposals(_find(tiny, [torch.from_numpy(scene.image).permute(2, 0, 1)])[0], config)
         there = {f"{o.colour} {o.shape}" for o in scene.objects}
         named += [tiny.classes[i] in there for i in rows["obj_id"]]
     assert np.mean(named) > 0.85
@@ -202,7 +208,7 @@ def test_weights_from_safetensors_are_the_same(weights, mobile, tmp_path):
     path = tmp_path / "same.safetensors"
     save_file({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)
     config = RegionsConfig(detector=f"torchvision:{NAME}", weights=str(path), size=96, proposals=20)
-    _close(TorchvisionDetector(config).propose([_image(1, 96)])[0], mobile.propose([_image(1, 96)])[0], 0)
+    _close(_find(TorchvisionDetector(config), [_image(1, 96)])[0], _find(mobile, [_image(1, 96)])[0], 0)
 
 
 def test_class_names_beside_the_weights(weights, tmp_path):
