@@ -25,7 +25,15 @@ def load_detector(config: RegionsConfig) -> Detector:
         from extractors.regions.butd import butd_detector
 
         return butd_detector(config)
+    if backend == "vinvl" and not name:
+        from extractors.regions.vinvl import vinvl_detector
+
+        return vinvl_detector(config)
+    if backend == "detectron2" and name:
+        from extractors.regions.detectron2 import Detectron2Detector
+
+        return Detectron2Detector(config)
     raise PairmillError(
         f"`--detector {config.detector}`: no such backend. Pass torchvision:tiny, or with --weights torchvision:NAME, "
-        "rcnn:C4, rcnn:FPN or butd."
+        "rcnn:C4, rcnn:FPN, butd, vinvl or detectron2:CONFIG."
     )

@@ -19,7 +19,8 @@ class RegionsConfig(DeviceConfig):
     name: str = execution("regions", "name of the feature set", pattern=NAME)
 
     detector: str = identity(
-        "torchvision:tiny", "torchvision:tiny, or with weights torchvision:NAME, rcnn:C4, rcnn:FPN, butd"
+        "torchvision:tiny",
+        "torchvision:tiny, or with weights torchvision:NAME, rcnn:C4, rcnn:FPN, butd, vinvl, detectron2:CONFIG",
     )
     weights: str | None = execution(
         None, "weights file, or DEFAULT for torchvision's own; `torchvision:tiny` brings its own"
@@ -36,9 +37,13 @@ class RegionsConfig(DeviceConfig):
     max_boxes: PositiveInt = identity(100, "boxes kept at most")
     conf: float = identity(0.2, "confidence from which a box is kept, 0 to 1", ge=0, le=1)
     nms: float = identity(0.3, "overlap (IoU) above which the less confident of two boxes goes", ge=0, le=1)
-    proposals: PositiveInt | None = identity(None, "proposals an image (default: the detector's, 300)")
+    proposals: PositiveInt | None = identity(
+        None, "proposals an image (default: the detector's, 300; of detectron2: CONFIG's)"
+    )
     size: PositiveInt | None = identity(
-        None, "shorter side that the detector sees, px (default: the detector's, 600; its longer side 5/3 of it)"
+        None,
+        "shorter side that the detector sees, px (default: the detector's, 600; its longer side 5/3 of it; of "
+        "detectron2: CONFIG's)",
     )
 
     @model_validator(mode="after")

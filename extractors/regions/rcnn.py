@@ -32,12 +32,15 @@ class Rules:
     """What a family of detectors does beside its weights.
 
     mean              subtracted from pixels, blue green red, of 255
-    resize            pillow: the 8-bit image, each side rounded by itself; opencv: pixels less the mean, one scale
+    resize            pillow: the 8-bit image, each side rounded by itself; torchvision: the same with the sizes of
+                      maskrcnn-benchmark; opencv: pixels less the mean, one scale
     shorter, longer   px that the shorter side gets, and that the longer must not exceed
     anchor_sizes      px, per feature map
     caffe_anchors     ratios before sizes, rounded, centred at 7.5 px; sizes count in 16 px
     caffe_pool        see `resnet.Stem`
     inclusive         a box includes its last pixel: widths are x2 - x1 + 1
+    far_less_one      maskrcnn-benchmark's inclusive boxes: moved ones end at x2 = centre + width / 2 - 1, and neither
+                      overlaps nor the order of corners count the last pixel
     limit_growth      a box grows at most 62.5-fold
     min_side          proposals need sides above this, px of the original image
     min_side_itself   sides of exactly that do as well
@@ -45,19 +48,22 @@ class Rules:
     before_nms        proposals a feature map that enter suppression
     proposals         that leave it
     align             RoIAlign, else RoIPool
+    half_pixel        RoIAlign begins half a cell earlier (`aligned` of torchvision)
     last_stage        of a C4: "dilated" keeps 14 x 14 cells, "strided" has 7 x 7
     box_weights       what refinements are divided by
     background_first  the background's column is the first, else the last
+    foreground_named  attributes are told of the likeliest foreground class, else of the likeliest of all
     """
 
     mean: tuple[float, float, float]
-    resize: Literal["pillow", "opencv"]
+    resize: Literal["pillow", "torchvision", "opencv"]
     anchor_sizes: tuple[tuple[float, ...], ...]
     shorter: int = 600
     longer: int = 1000
     caffe_anchors: bool = False
     caffe_pool: bool = False
     inclusive: bool = False
+    far_less_one: bool = False
     limit_growth: bool = True
     min_side: float = 0.0
     min_side_itself: bool = False
@@ -65,9 +71,11 @@ class Rules:
     before_nms: int = 6000
     proposals: int = 300
     align: bool = True
+    half_pixel: bool = True
     last_stage: Literal["dilated", "strided"] = "strided"
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     background_first: bool = False
+    foreground_named: bool = False
 
 
 def cell_anchors(sizes: Sequence[float]) -> Tensor:
@@ -106,12 +114,18 @@ def grid_anchors(cell: Tensor, height: int, width: int, stride: int) -> Tensor:
 
 
 def decode(
-    deltas: Tensor, boxes: Tensor, weights: Sequence[float], *, inclusive: bool = False, limit: bool = True
+    deltas: Tensor,
+    boxes: Tensor,
+    weights: Sequence[float],
+    *,
+    inclusive: bool = False,
+    limit: bool = True,
+    far_less_one: bool = False,
 ) -> Tensor:
     """Boxes moved and stretched by `deltas`: [R, K, 4] or [R, 4] like `deltas`, of boxes [R, 4].
 
     Girshick et al. 2014; detectron2 Box2BoxTransform.apply_deltas. inclusive: py-faster-rcnn bbox_transform_inv, whose
-    far sides are not one less.
+    far sides are not one less; with far_less_one they are (maskrcnn-benchmark, modeling/box_coder.py).
     """
     if deltas.dim() == 3:
         boxes = boxes[:, None]
@@ -120,7 +134,7 @@ def decode(
     scaled = deltas / deltas.new_tensor(weights)
     growth = scaled[..., 2:].clamp(max=_LARGEST_GROWTH) if limit else scaled[..., 2:]
     centres, half = scaled[..., :2] * sides + centres, 0.5 * (growth.exp() * sides)
-    return torch.cat([centres - half, centres + half], -1)
+    return torch.cat([centres - half, centres + half - float(far_less_one)], -1)
 
 
 def clip_boxes(boxes: Tensor, height: float, width: float, inclusive: bool = False) -> Tensor:
@@ -147,7 +161,7 @@ class RpnHead(nn.Module):
 class Predictor(nn.Module):
     """[R, D] -> class logits [R, C+1], deltas [R, 4C or 4(C+1)], attribute logits [R, A+1] or None."""
 
-    def __init__(self, state: Mapping[str, Tensor], name: str) -> None:
+    def __init__(self, state: Mapping[str, Tensor], name: str, foreground_named: bool) -> None:
         super().__init__()
 
         def linear(part: str) -> nn.Linear:
@@ -155,6 +169,7 @@ class Predictor(nn.Module):
             return nn.Linear(into, out)
 
         self.cls_score, self.bbox_pred = linear("cls_score"), linear("bbox_pred")
+        self.first_named = int(foreground_named)
         self.attributes = f"{name}.attr_score.weight" in state
         if self.attributes:
             self.cls_embedding = nn.Embedding(*state[f"{name}.cls_embedding.weight"].shape)
@@ -164,8 +179,9 @@ class Predictor(nn.Module):
         logits = self.cls_score(x)
         attributes = None
         if self.attributes:
-            # The likeliest of all classes, the background among them (fast_rcnn.py of both ports, ArgMax in Caffe).
-            named = self.cls_embedding(logits.argmax(1))
+            # The likeliest of all classes, the background among them (fast_rcnn.py of both ports, ArgMax in Caffe);
+            # VinVL's head is told the detection's label.
+            named = self.cls_embedding(logits[:, self.first_named :].argmax(1) + self.first_named)
             attributes = self.attr_score(F.relu_(self.fc_attr(torch.cat([x, named], 1))))
         return logits, self.bbox_pred(x), attributes
 
@@ -215,7 +231,8 @@ class FasterRcnn(nn.Module):
             self.register_buffer(
                 f"cell_anchors_{i}", make(sizes) if stored is None else stored.float(), persistent=False
             )
-        heads: dict[str, nn.Module] = {"box_predictor": Predictor(state, "roi_heads.box_predictor")}
+        predictor = Predictor(state, "roi_heads.box_predictor", rules.foreground_named)
+        heads: dict[str, nn.Module] = {"box_predictor": predictor}
         if self.kind == "FPN":
             heads["box_head"] = BoxHead(state, "roi_heads.box_head")
         else:
@@ -247,9 +264,14 @@ class FasterRcnn(nn.Module):
         flat = deltas.reshape(len(cell), 4, height, width).permute(2, 3, 0, 1).reshape(-1, 4)
         if len(scores) == 2 * len(cell):
             scores = scores.view(2, len(cell), height, width).softmax(0)[1]
-        rules = self.rules
-        boxes = decode(flat, anchors, (1.0, 1.0, 1.0, 1.0), inclusive=rules.inclusive, limit=rules.limit_growth)
+        boxes = self.decode(flat, anchors, (1.0, 1.0, 1.0, 1.0))
         return boxes, scores.permute(1, 2, 0).flatten()
+
+    def decode(self, deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+        """`decode` by the rules."""
+        rules = self.rules
+        counting = {"inclusive": rules.inclusive, "far_less_one": rules.far_less_one}
+        return decode(deltas, boxes, weights, limit=rules.limit_growth, **counting)
 
     def proposals(
         self, found: Sequence[tuple[Tensor, Tensor]], size: tuple[int, int], scale: float
@@ -274,7 +296,7 @@ class FasterRcnn(nn.Module):
             levels.append(torch.full_like(score, level))
         at, score = torch.cat(boxes), torch.cat(scores)
         # One more pixel at the far sides gives the widths of boxes that include their last pixel.
-        grown = at + at.new_tensor([0.0, 0.0, 1.0, 1.0]) if rules.inclusive else at
+        grown = at + at.new_tensor([0.0, 0.0, 1.0, 1.0]) if rules.inclusive and not rules.far_less_one else at
         if len(found) > 1:
             kept = batched_nms(grown, score, torch.cat(levels), _RPN_OVERLAP)
         else:
@@ -290,8 +312,10 @@ class FasterRcnn(nn.Module):
         least = rules.min_side * scale
         sides = boxes[:, 2:] - boxes[:, :2] + float(rules.inclusive)
         long = sides >= least if rules.min_side_itself else sides > least
-        proper = (boxes[:, 2:] >= boxes[:, :2]) if rules.inclusive else (boxes[:, 2:] > boxes[:, :2])
-        kept = finite & long.all(1) & proper.all(1)
+        if not rules.far_less_one:
+            proper = (boxes[:, 2:] >= boxes[:, :2]) if rules.inclusive else (boxes[:, 2:] > boxes[:, :2])
+            long &= proper
+        kept = finite & long.all(1)
         return boxes[kept], scores[kept]
 
     def pool(self, maps: Sequence[Tensor], boxes: Tensor) -> Tensor:
@@ -301,7 +325,8 @@ class FasterRcnn(nn.Module):
 
         def pooled(x: Tensor, rows: Tensor, stride: int) -> Tensor:
             if self.rules.align:
-                return roi_align(x, rows.to(x.dtype), cells, 1 / stride, sampling_ratio=0, aligned=True)
+                half = self.rules.half_pixel
+                return roi_align(x, rows.to(x.dtype), cells, 1 / stride, sampling_ratio=0, aligned=half)
             return roi_pool(x, rows.to(x.dtype), cells, 1 / stride)
 
         if self.kind == "C4":

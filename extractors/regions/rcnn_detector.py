@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from extractors.regions.config import RegionsConfig
 from extractors.regions.protocol import Proposals
-from extractors.regions.rcnn import ANCHORS, Described, FasterRcnn, Rules, clip_boxes, decode
+from extractors.regions.rcnn import ANCHORS, Described, FasterRcnn, Rules, clip_boxes
 from extractors.regions.weights import file_digest, fill, given_file, require, vocabulary
 from schemas.errors import PairmillError
 from shards.weights import read_checkpoint
@@ -32,23 +32,31 @@ class RcnnDetector:
 
     state  tensors under detectron2's names
     path   the file they came from; names of classes and attributes are looked for beside it
+    names  finds them, called as `weights.vocabulary` is
     Raises PairmillError: tensors of another architecture, names of another number.
     """
 
-    def __init__(self, config: RegionsConfig, state: Mapping[str, Tensor], rules: Rules, path: Path) -> None:
+    def __init__(
+        self,
+        config: RegionsConfig,
+        state: Mapping[str, Tensor],
+        rules: Rules,
+        path: Path,
+        names: Callable[[Path, str, int], tuple[str, ...] | None] = vocabulary,
+    ) -> None:
         longer = 5 * config.size // 3 if config.size else rules.longer
         rules = replace(
             rules, shorter=config.size or rules.shorter, longer=longer, proposals=config.proposals or rules.proposals
         )
         self.rules = rules
-        self.inclusive = rules.inclusive
+        self.inclusive = rules.inclusive and not rules.far_less_one
         self.model = build(state, rules, config.detector, path).eval()
         logits = len(state["roi_heads.box_predictor.cls_score.weight"])
-        self.classes = vocabulary(path, "classes", logits - 1) or tuple(f"class_{i}" for i in range(logits - 1))
+        self.classes = names(path, "classes", logits - 1) or tuple(f"class_{i}" for i in range(logits - 1))
         self.attributes: tuple[str, ...] = ()
         if "roi_heads.box_predictor.attr_score.weight" in state:
             count = len(state["roi_heads.box_predictor.attr_score.weight"]) - 1
-            self.attributes = vocabulary(path, "attributes", count) or tuple(f"attribute_{i}" for i in range(count))
+            self.attributes = names(path, "attributes", count) or tuple(f"attribute_{i}" for i in range(count))
         if config.top_classes > len(self.classes):
             raise PairmillError(
                 f"`--cls-probs {config.cls_probs}`: `{config.detector}` knows {len(self.classes)} classes only."
@@ -105,7 +113,8 @@ class RcnnDetector:
     def _describe(self, maps: Sequence[Tensor], rows: Tensor, scale: Scale, proposed: bool) -> Proposals:
         """The image itself is described as one more box."""
         height, width = scale.seen
-        whole = rows.new_tensor([[0.0, 0.0, width, height]]) - rows.new_tensor([0.0, 0.0, 1.0, 1.0]) * self.inclusive
+        last = float(self.rules.inclusive)
+        whole = rows.new_tensor([[0.0, 0.0, width - last, height - last]])
         found = self.model.describe(maps, torch.cat([rows, whole]))
         probs = self._background_first(found.logits.softmax(1))
         attributes = None
@@ -129,12 +138,12 @@ class RcnnDetector:
         best = probs[:-1, 1:].argmax(1) + (1 if self.rules.background_first else 0)
         deltas = found.deltas[:-1][torch.arange(len(rows), device=rows.device), best]
         rules = self.rules
-        options = {"inclusive": rules.inclusive, "limit": rules.limit_growth}
-        if rules.inclusive:  # Caffe moves boxes that are already in the picture's own pixels
-            moved = decode(deltas, scale.to_stored(rows), rules.box_weights, **options)
+        if self.inclusive:  # Caffe moves boxes that are already in the picture's own pixels
+            moved = self.model.decode(deltas, scale.to_stored(rows), rules.box_weights)
         else:
-            moved = scale.to_stored(clip_boxes(decode(deltas, rows, rules.box_weights, **options), *scale.seen))
-        return clip_boxes(moved, *scale.stored, inclusive=rules.inclusive)
+            moved = self.model.decode(deltas, rows, rules.box_weights)
+            moved = scale.to_stored(clip_boxes(moved, *scale.seen, inclusive=rules.inclusive))
+        return clip_boxes(moved, *scale.stored, inclusive=self.inclusive)
 
 
 class Scale:
@@ -169,6 +178,8 @@ def seen_size(height: int, width: int, rules: Rules) -> tuple[int, int]:
     if rules.resize == "opencv":  # as cv2.resize rounds: halves to even
         scale = enlarged_by(height, width, rules)
         return max(1, round(height * scale)), max(1, round(width * scale))
+    if rules.resize == "torchvision":
+        return torchvision_size(height, width, rules)
     scale = rules.shorter / min(height, width)
     new = [height * scale, width * scale]
     new[0 if height < width else 1] = float(rules.shorter)
@@ -178,10 +189,25 @@ def seen_size(height: int, width: int, rules: Rules) -> tuple[int, int]:
     return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
 
+def torchvision_size(height: int, width: int, rules: Rules) -> tuple[int, int]:
+    """(height, width) after maskrcnn-benchmark, data/transforms/transforms.py Resize.get_size.
+
+    The shorter side is a whole number before the longer is computed from it and cut down, so that the longer may
+    exceed its limit by a little. Where the shorter would be 0 px it is 1 and the longer at its limit.
+    """
+    shortest, longest = min(height, width), max(height, width)
+    short = rules.shorter
+    if longest / shortest * short > rules.longer:
+        short = round(rules.longer * shortest / longest)
+    long = int(short * longest / shortest) if short else rules.longer
+    short = max(short, 1)
+    return (long, short) if width < height else (short, long)
+
+
 def resized(rgb: np.ndarray, rules: Rules) -> Tensor:
     """uint8 [H, W, 3] -> uint8 [3, h, w] RGB by Pillow, or fp32 [3, h, w] RGB less the mean by OpenCV."""
     height, width = seen_size(rgb.shape[0], rgb.shape[1], rules)
-    if rules.resize == "pillow":
+    if rules.resize != "opencv":
         small = np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR))
         return torch.from_numpy(np.ascontiguousarray(small.transpose(2, 0, 1)))
     less = rgb.astype(np.float32) - np.array(rules.mean[::-1], np.float32)
