@@ -35,7 +35,6 @@ VINVL = Rules(
     caffe_anchors=True,  # modeling/rpn/anchor_generator.py
     inclusive=True,  # structures/bounding_box.py clip_to_image
     far_less_one=True,  # modeling/box_coder.py
-    min_side_itself=True,  # structures/boxlist_ops.py remove_small_boxes, of 0 px
     half_pixel=False,  # csrc/cpu/ROIAlign_cpu.cpp, and torchvision's default
     background_first=True,  # roi_heads/box_head/inference.py
     foreground_named=True,  # scene_graph_benchmark/attribute_head/attribute_head.py
