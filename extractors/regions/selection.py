@@ -25,8 +25,8 @@ Array = np.ndarray
 _BANDS = (1e-2, 1e-4, 0.0)
 
 
-def _overlaps(boxes: Array, nms: float, inclusive: bool, suppress_equal: bool) -> list[int]:
-    """Per box a bit mask of the boxes that it suppresses, itself among them. float64 [R, 4] px."""
+def overlaps(boxes: Array, inclusive: bool = False) -> Array:
+    """Intersection over union of each two of boxes [R, 4] px: float64 [R, R]; inclusive: widths are x2 - x1 + 1."""
     x1, y1, x2, y2 = boxes.astype(np.float64).T
     if inclusive:
         x2, y2 = x2 + 1, y2 + 1
@@ -35,7 +35,13 @@ def _overlaps(boxes: Array, nms: float, inclusive: bool, suppress_equal: bool) -
     height = np.minimum(y2[:, None], y2) - np.maximum(y1[:, None], y1)
     shared = width.clip(0) * height.clip(0)
     # Divided, as the originals do: at exact equality a product rounds to the other side.
-    iou = shared / np.maximum(area[:, None] + area - shared, np.finfo(np.float64).tiny)
+    found: Array = shared / np.maximum(area[:, None] + area - shared, np.finfo(np.float64).tiny)
+    return found
+
+
+def _suppressed(boxes: Array, nms: float, inclusive: bool, suppress_equal: bool) -> list[int]:
+    """Per box a bit mask of the boxes that it suppresses, itself among them."""
+    iou = overlaps(boxes, inclusive)
     over = iou >= nms if suppress_equal else iou > nms
     np.fill_diagonal(over, True)
     packed = np.packbits(over, axis=1, bitorder="little")
@@ -78,7 +84,7 @@ def max_confidence(
     found: Array = np.zeros(count, np.float32)
     low = count if min_boxes is None else min(min_boxes, count)
     high = count if max_boxes is None else min(max_boxes, count)
-    masks = _overlaps(boxes, nms, inclusive, suppress_equal)
+    masks = _suppressed(boxes, nms, inclusive, suppress_equal)
     dead: dict[int, int] = {}
     reached = 0
     for box, label, score in _descending(class_probs[:, 1:]):
@@ -140,7 +146,7 @@ def max_nms(boxes: Array, scores: Array, min_boxes: int = 36, max_boxes: int = 3
     kept: list[int] = []
     threshold = 0.0
     for threshold in np.arange(0.3, 1.0, 0.1).tolist():
-        masks = _overlaps(boxes, threshold, False, False)
+        masks = _suppressed(boxes, threshold, False, False)
         kept, dead = [], 0
         for box in order.tolist():
             if not dead >> box & 1:
