@@ -46,7 +46,8 @@ class Drawer:
                 self.unit = event.unit
                 where = f" in {event.shards:,} shards" if event.shards else ""
                 standing = f", {event.standing:,} shards stand already" if event.standing else ""
-                self._line(f"{event.stage}: {event.rows:,} {event.unit}{where} to do{standing}")
+                if event.rows or where or standing:  # an import does not know beforehand
+                    self._line(f"{event.stage}: {event.rows:,} {event.unit}{where} to do{standing}")
             case Progress():
                 self._progress(event)
             case ShardDone() if self.verbose:
