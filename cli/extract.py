@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Common, command, finish, new_app
-from extractors.config import PatchesConfig
+from extractors.config import GridConfig, PatchesConfig
 from extractors.regions.config import RegionsConfig
 
 app = new_app()
@@ -37,6 +37,20 @@ def patches(config: PatchesConfig, common: Common, dataset: DATASET) -> int:
 
     with common.drawer() as emit:
         return finish(extract_patches(dataset, config, emit))
+
+
+@command(
+    extract,
+    "grid",
+    GridConfig,
+    example="pairmill extract grid DATASET --backbone clip:RN50-quickgelu --pretrained openai",
+)
+def grid(config: GridConfig, common: Common, dataset: DATASET) -> int:
+    """Keep the feature map of every image before it is pooled, as CLIP-ViL, METER and ALBEF read images."""
+    from extractors.grid import extract_grid
+
+    with common.drawer() as emit:
+        return finish(extract_grid(dataset, config, emit))
 
 
 @command(extract, "regions", RegionsConfig, example="pairmill extract regions DATASET --detector torchvision:tiny")

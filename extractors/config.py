@@ -57,3 +57,24 @@ class PatchesConfig(ExtractorConfig):
         if self.size % self.patch:
             raise ValueError(f"`size` must be a multiple of `patch`, got size {self.size} and patch {self.patch}")
         return self
+
+
+class GridConfig(DeviceConfig):
+    """`pairmill extract grid`. What the backbone is (architecture, weights by their hash, size, preprocessing) is
+    identity as the extractor finds it; where the weights lie is not.
+    """
+
+    name: str = execution("grid", "name of the feature set", pattern=NAME)
+    backbone: str = execution(
+        ..., "clip:NAME (open_clip's), clip:local-dir:PATH, clip:RUN of pairmill, or timm:NAME (ViT, Swin, ResNet, ...)"
+    )
+    weights: str | None = execution(None, "weights file, for a backbone given by name")
+    pretrained: str | None = execution(
+        None, "tag of open_clip's or timm's published weights; beside --weights (timm) it says whose preprocessing"
+    )
+    size: PositiveInt | None = execution(
+        None, "side of the square that the backbone sees, px; position embeddings are resampled [default: its own]"
+    )
+    pool_cells: PositiveInt | None = identity(
+        None, "average the map to N x N cells: cell i of N is the mean of rows floor(i R / N) to ceil((i + 1) R / N)"
+    )

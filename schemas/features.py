@@ -55,6 +55,19 @@ def patch_fields(patch: int) -> list[pa.Field]:
     ]
 
 
+def grid_fields(dim: int, class_token: bool = False) -> list[pa.Field]:
+    """A feature map fp16 [rows, cols, dim], row 0 on top, col 0 left, and where the model has one its class token,
+    fp16 [dim]. `num_cells` is rows x cols.
+    """
+    fields = [
+        pa.field("rows", pa.int32()),
+        pa.field("cols", pa.int32()),
+        pa.field("num_cells", pa.int32()),
+        blob_tensor("grid", "float16", ["rows", "cols", dim]),
+    ]
+    return [*fields, blob_tensor("class_token", "float16", [dim])] if class_token else fields
+
+
 def region_fields(dim: int, classes: int, cls_probs: str = "full", attributes: int = 0) -> list[pa.Field]:
     """regions-v1: N boxes a row, sorted by confidence, in pixels of the stored image, exclusive maximum.
 

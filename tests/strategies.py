@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from schemas.features import features_schema, patch_fields, region_fields
+from schemas.features import features_schema, grid_fields, patch_fields, region_fields
 from schemas.pairs import RESERVED
 from schemas.status import OK, STATES, STATUSES, SUCCESS
 from schemas.tensors import blob_tensor, fixed_tensor
@@ -92,7 +92,8 @@ FEATURE_SCHEMA = features_schema(
         fixed_tensor("clip_image", 3),
         *region_fields(4, 5, attributes=2),
         *(f for f in patch_fields(2)),
-        blob_tensor("grid", "float32", [2, "rows"]),
+        *(f for f in grid_fields(5, class_token=True) if f.name not in ("rows", "cols")),  # the patches' own
+        blob_tensor("strip", "float32", [2, "rows"]),
     ],
     {"classes": ["a", "b"]},
 )
@@ -131,7 +132,10 @@ def _features(draw: st.DrawFn) -> dict[str, Any]:
         "cols": wide,
         "num_patches": tall * wide,
         "patches": _array(draw, "uint8", (tall * wide, 12)),
-        "grid": draw(st.none() | st.just(_array(draw, "float32", (2, tall)))),
+        "num_cells": tall * wide,
+        "grid": _array(draw, "float16", (tall, wide, 5)),
+        "class_token": draw(st.none() | st.just(_array(draw, "float16", (5,)))),
+        "strip": draw(st.none() | st.just(_array(draw, "float32", (2, tall)))),
     }
 
 

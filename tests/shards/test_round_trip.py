@@ -176,15 +176,15 @@ def test_feature_batches_are_bounded(folder):
 
 def test_mapped_reads_do_not_copy(folder):
     schema = strategies.FEATURE_SCHEMA
-    grid = np.arange(6, dtype=np.float32).reshape(2, 3)
+    strip = np.arange(6, dtype=np.float32).reshape(2, 3)
     patches = np.arange(36, dtype=np.uint8).reshape(3, 12)
-    row = {"state": OK, "rows": 3, "cols": 1, "num_patches": 3, "patches": patches, "grid": grid}
+    row = {"state": OK, "rows": 3, "cols": 1, "num_patches": 3, "patches": patches, "strip": strip}
     with write_features(folder, "mapped.arrow", schema, "") as writer:
         for _ in range(4):
             writer.append({**row, "clip_image": np.ones(3, np.float16)})
     before = pa.total_allocated_bytes()
     shard = MappedShard(folder, "mapped.arrow")
-    views = [shard.row(2, ["grid"])["grid"], shard.row(2, ["patches"])["patches"]]
+    views = [shard.row(2, ["strip"])["strip"], shard.row(2, ["patches"])["patches"]]
     vectors = fixed_to_array(shard.batches[0].column("clip_image"))
     assert pa.total_allocated_bytes() == before
     spans = _map_spans(Path(folder.url, "mapped.arrow"))
@@ -192,7 +192,7 @@ def test_mapped_reads_do_not_copy(folder):
         address = array.__array_interface__["data"][0]
         assert any(lo <= address < hi for lo, hi in spans), "the array must lie inside the mapped file"
         assert not array.flags.writeable
-    np.testing.assert_array_equal(views[0], grid)
+    np.testing.assert_array_equal(views[0], strip)
 
 
 def test_lists_come_back_in_their_element_type(folder):
