@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +24,19 @@ _COLOURS = (
     (120, 120, 20),
     (96, 82, 220),
     (176, 84, 40),
+    (0, 105, 92),
+    (173, 20, 87),
+    (40, 53, 147),
+    (96, 150, 40),
+    (150, 20, 20),
+    (78, 52, 46),
+    (84, 110, 122),
+    (0, 140, 210),
+    (110, 0, 150),
+    (50, 50, 50),
 )
 _GAP = 2
+_ASIDE = 8  # px between the places that are tried where all beside the box are taken
 
 
 @dataclass(frozen=True)
@@ -61,29 +73,31 @@ def draw_regions(
 
     image      uint8 [H, W, 3] RGB; enlarged until its longer side is side_px, so that labels can be read
     boxes      [N, 4] x1 y1 x2 y2, pixels of the image, exclusive maximum
-    labels     N names; one colour a name
+    labels     N names; one colour a name, of its own while there are colours
 
     A name is drawn once where its boxes overlap by more than half (IoU): the rule of selection keeps a box for
     its second-best class as well. Tags lie above their box where there is room, else at another of its sides,
-    and off each other where possible.
+    else at the nearest place where no tag is. A name wider than the picture is cut.
     """
     height, width = image.shape[:2]
     scale = max(1.0, side_px / max(height, width))
     canvas = Image.fromarray(image).resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
     order = _distinct(boxes, labels, confidence, min_confidence)[:max_boxes]
     pen = ImageDraw.Draw(canvas)
-    line = max(2, round(max(canvas.size) / 300))
-    font = ImageFont.load_default(max(11, round(max(canvas.size) / 48)))
+    longer, shorter = max(canvas.size), min(canvas.size)
+    line = max(2, round(min(longer / 300, shorter / 100)))
+    font = ImageFont.load_default(max(11, round(min(longer / 48, shorter / 16))))
+    colours = _colours(labels[i] for i in order)
     scaled = {i: tuple(float(v) * scale for v in boxes[i]) for i in order}
     # The most confident is drawn last, on top.
     for i in reversed(order):
-        _outline(pen, scaled[i], _colour(labels[i]), line)
+        _outline(pen, scaled[i], colours[labels[i]], line)
     placed: list[Rectangle] = []
     for i in order:
-        tag = _measure(pen, font, f"{labels[i]} {confidence[i]:.2f}")
+        tag = _tag(pen, font, labels[i], f"{confidence[i]:.2f}", canvas.width)
         spot = _place(tag, scaled[i], placed, list(scaled.values()), canvas.size)
         placed.append(spot)
-        _write(pen, font, tag, spot, _colour(labels[i]))
+        _write(pen, font, tag, spot, colours[labels[i]])
     return np.asarray(canvas)
 
 
@@ -105,9 +119,18 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return shared / whole if whole > 0 else 0.0
 
 
-def _colour(label: str) -> tuple[int, int, int]:
-    """The same colour for a name in every picture and process."""
-    return _COLOURS[zlib.crc32(label.encode()) % len(_COLOURS)]
+def _colours(names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    """A colour for each name: in every picture the same, but for the next of the least used where another has it."""
+    used: Counter[int] = Counter()
+    out: dict[str, tuple[int, int, int]] = {}
+    for name in names:
+        if name not in out:
+            own = zlib.crc32(name.encode())
+            ring = [(own + step) % len(_COLOURS) for step in range(len(_COLOURS))]
+            taken = min(ring, key=lambda i: used[i])
+            used[taken] += 1
+            out[name] = _COLOURS[taken]
+    return out
 
 
 def _outline(pen: ImageDraw.ImageDraw, box: Rectangle, colour: tuple[int, int, int], line: int) -> None:
@@ -121,6 +144,15 @@ def _outline(pen: ImageDraw.ImageDraw, box: Rectangle, colour: tuple[int, int, i
 def _measure(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str) -> _Tag:
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     return _Tag(text, int(right - left) + 8, int(bottom - top) + 6)
+
+
+def _tag(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, name: str, number: str, width: int) -> _Tag:
+    """The name and its number, or as much of the name as goes into `width` px."""
+    tag = _measure(pen, font, f"{name} {number}")
+    while tag.width > width and name:
+        name = name[:-1]
+        tag = _measure(pen, font, f"{name}... {number}")
+    return tag
 
 
 def _spots(tag: _Tag, box: Rectangle, size: tuple[int, int]) -> list[Rectangle]:
@@ -139,7 +171,7 @@ def _spots(tag: _Tag, box: Rectangle, size: tuple[int, int]) -> list[Rectangle]:
         (x1, y1 - 2 * h - 2 * _GAP),
         (x1, y2 + h + 2 * _GAP),
     ]
-    inside = [(min(max(x, 0), size[0] - w), min(max(y, 0), size[1] - h)) for x, y in corners]
+    inside = [(max(min(x, size[0] - w), 0), max(min(y, size[1] - h), 0)) for x, y in corners]
     return [(x, y, x + w, y + h) for x, y in inside]
 
 
@@ -153,13 +185,33 @@ def _shared(a: Rectangle, b: Rectangle) -> float:
 def _place(
     tag: _Tag, box: Rectangle, placed: Sequence[Rectangle], boxes: Sequence[Rectangle], size: tuple[int, int]
 ) -> Rectangle:
-    """The spot that hides least: of other tags first, then of what is boxed; the earlier where equal."""
+    """The spot that hides least: of other tags first, then of what is boxed; the earlier where equal.
+
+    Where all beside the box hide a tag, the nearest in the picture that hides none.
+    """
     spots = _spots(tag, box, size)
+    if all(any(_shared(s, p) for p in placed) for s in spots):
+        spots = _free(tag, box, placed, size) or spots
     hidden = [
         (sum(_shared(s, p) for p in placed), round(sum(_shared(s, b) for b in boxes) / (tag.width * tag.height), 1))
         for s in spots
     ]
     return spots[min(range(len(spots)), key=lambda i: (hidden[i], i))]
+
+
+def _free(tag: _Tag, box: Rectangle, placed: Sequence[Rectangle], size: tuple[int, int]) -> list[Rectangle]:
+    """The place nearest to the middle of the box where no tag is, in a list, which is empty where there is none."""
+    taken = np.array(placed, np.float64)
+    ys, xs = np.mgrid[0 : size[1] - tag.height + 1 : _ASIDE, 0 : size[0] - tag.width + 1 : _ASIDE].reshape(2, -1, 1)
+    across = np.minimum(xs + tag.width, taken[:, 2]) > np.maximum(xs, taken[:, 0])
+    down = np.minimum(ys + tag.height, taken[:, 3]) > np.maximum(ys, taken[:, 1])
+    free = np.flatnonzero(~(across & down).any(1))
+    if not len(free):
+        return []
+    x, y = xs[free, 0], ys[free, 0]
+    far = np.hypot(x + tag.width / 2 - (box[0] + box[2]) / 2, y + tag.height / 2 - (box[1] + box[3]) / 2)
+    best = int(far.argmin())
+    return [(float(x[best]), float(y[best]), float(x[best] + tag.width), float(y[best] + tag.height))]
 
 
 def _write(

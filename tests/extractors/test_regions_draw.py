@@ -2,10 +2,31 @@
 
 import numpy as np
 import pytest
+import torch
 
+from cli.demo.scenes import generate_scene
+from extractors.regions import draw
+from extractors.regions.config import RegionsConfig
 from extractors.regions.draw import draw_regions, region_labels
+from extractors.regions.extractor import extract_regions
+from extractors.regions.picture import draw_row
+from extractors.regions.protocol import Proposals
+from tests.make import make_dataset
 
 GREY = np.full((200, 300, 3), 128, np.uint8)
+
+
+def tags(monkeypatch):
+    """Fills with (tag, where it stands) of all that is drawn from now on."""
+    written = []
+    write = draw._write
+    monkeypatch.setattr(draw, "_write", lambda *a: written.append(a[2:4]) or write(*a))
+    return written
+
+
+def hidden(written):
+    """Square px that the tags hide of each other."""
+    return sum(draw._shared(a, b) for i, (_, a) in enumerate(written) for _, b in written[:i])
 
 
 def _changed(before, after):
@@ -51,16 +72,37 @@ def test_boxes_at_the_border_keep_their_label_inside(box):
 
 
 def test_labels_of_one_spot_do_not_hide_each_other(monkeypatch):
-    from extractors.regions import draw
-
-    spots = []
-    place = draw._place
-    monkeypatch.setattr(draw, "_place", lambda *a: spots.append(place(*a)) or spots[-1])
+    written = tags(monkeypatch)
     boxes = np.array([[100, 80, 200, 150]] * 5, np.float32) + np.arange(5)[:, None]
     draw_regions(GREY, boxes, [f"square {i}" for i in range(5)], [0.9, 0.8, 0.7, 0.6, 0.5], side_px=300)
-    assert len(spots) == 5
-    shared = [draw._shared(a, b) for i, a in enumerate(spots) for b in spots[:i]]
-    assert max(shared) == 0
+    assert len(written) == 5
+    assert hidden(written) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_of_a_crowd_do_not_hide_each_other(monkeypatch, seed):
+    """24 boxes with long names about two spots of a small picture."""
+    written = tags(monkeypatch)
+    rng = np.random.default_rng(seed)
+    middles = rng.uniform(120, 180, (24, 2))
+    boxes = np.concatenate([middles - rng.uniform(5, 50, (24, 2)), middles + rng.uniform(5, 50, (24, 2))], 1)
+    names = [f"multi-colored umbrella {i}" for i in range(24)]
+    draw_regions(np.zeros((300, 300, 3), np.uint8), boxes, names, np.linspace(0.9, 0.3, 24).tolist())
+    assert len(written) == 24
+    assert hidden(written) == 0
+    assert all(min(x1, y1) >= 0 and max(x2, y2) <= 640 for _, (x1, y1, x2, y2) in written)
+
+
+@pytest.mark.parametrize("size", [(600, 60), (2000, 12), (12, 2000)])
+def test_a_name_wider_than_the_picture_is_cut(monkeypatch, size):
+    written = tags(monkeypatch)
+    drawn = draw_regions(np.full((*size, 3), 128, np.uint8), np.array([[0, 0, 9, 9]]), ["a multi-colored name"], [0.5])
+    (tag, spot), height = written[0], drawn.shape[0]
+    assert tag.text.endswith(" 0.50")
+    assert ("..." in tag.text) is (size[1] < 200)
+    assert spot[0] >= 0
+    assert spot[1] >= 0
+    assert tag.height <= max(17, height // 8)
 
 
 def test_only_the_most_confident_boxes_are_drawn():
@@ -94,3 +136,56 @@ def test_a_name_has_one_colour():
 def test_labels_with_and_without_attributes():
     assert region_labels([1, 0], ["car", "dog"]) == ["dog", "car"]
     assert region_labels([1, 0], ["car", "dog"], [2, 0], ["red", "big", "old"]) == ["old dog", "red car"]
+
+
+def test_names_of_one_picture_differ_in_colour():
+    names = [f"name {i}" for i in range(20)]
+    assert len(set(draw._colours(names).values())) == 20
+    assert draw._colours(names[:1]) == {"name 0": draw._colours(["name 0", "name 7"])["name 0"]}
+    many = list(draw._colours(f"name {i}" for i in range(60)).values())
+    assert {many.count(colour) for colour in many} == {3}
+
+
+class Genome:
+    """A detector of 1600 classes and 400 attributes that finds 60 boxes anywhere."""
+
+    classes = tuple(f"thing {i}" for i in range(1600))
+    attributes = tuple(f"kind {i}" for i in range(400))
+    feature_dim, fingerprint, inclusive = 4, "genome", False
+
+    def prepare(self, rgb):
+        return torch.from_numpy(rgb).permute(2, 0, 1)
+
+    def key(self, height, width):
+        return height, width
+
+    def to(self, device):
+        return self
+
+    def propose(self, images, sizes):
+        return [self._found(height, width) for height, width in sizes]
+
+    def _found(self, height, width):
+        rng = torch.Generator().manual_seed(height)
+        start = torch.rand(60, 2, generator=rng) * torch.tensor([width * 0.7, height * 0.7])
+        end = start + (0.05 + 0.25 * torch.rand(60, 2, generator=rng)) * torch.tensor([width, height])
+        classes, kinds = torch.randn(60, 1601, generator=rng), torch.randn(60, 401, generator=rng)
+        return Proposals(
+            boxes=torch.cat([start, end], 1),
+            features=torch.zeros(60, 4),
+            class_probs=(classes * 3).softmax(1),
+            image_feature=torch.zeros(4),
+            attribute_probs=kinds.softmax(1),
+        )
+
+
+def test_a_stored_row_of_many_classes_is_drawn_with_attributes(tmp_path, monkeypatch):
+    monkeypatch.setattr("extractors.regions.extractor.load_detector", lambda config: Genome())
+    dataset = make_dataset(tmp_path / "ds", rows=1, image=lambda *_: generate_scene(4, (300, 400)).image)
+    extract_regions(dataset, RegionsConfig(workers=0, device="cpu", min_boxes=36, max_boxes=36))
+    written = tags(monkeypatch)
+    assert draw_row(str(tmp_path / "ds"), "0", "regions", tmp_path / "boxes.png", 0.0) == 36
+    assert len(written) == 24
+    assert hidden(written) == 0
+    assert all(tag.text.startswith("kind ") and " thing " in tag.text for tag, _ in written)
+    assert (tmp_path / "boxes.png").stat().st_size > 10_000
