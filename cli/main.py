@@ -35,6 +35,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("cli.formats", "Join datasets into a new one."),
     "remove": ("cli.inspect", "Take rows out on request, everywhere."),
     "extract": ("cli.extract", "Compute features of every image: patches, regions."),
+    "import-features": ("cli.features", "Bring in region features that somebody already has."),
+    "export-features": ("cli.features", "Write region features as LXMERT and UNITER read them."),
     "draw": ("cli.extract", "Draw what was extracted."),
     "train": ("cli.train", "Train a model from shards and a selection."),
     "models": ("cli.train", "List models: inputs, objectives, tasks, presets."),
