@@ -21,6 +21,7 @@ from benchmarks.compare import ROOT, python, show, table, write, write_page
 NAMES = (
     "download",
     "clip_score",
+    "extract",
     "features",
     "training_input",
     "filter",

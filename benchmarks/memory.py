@@ -53,6 +53,15 @@ def extract_patches(data: Path, shards: int) -> None:
     assert extract_patches(data / "pairs", PatchesConfig(size=192, workers=0)).done == shards
 
 
+def extract_grid(data: Path, shards: int) -> None:
+    """The image tower of that CLIP."""
+    from extractors.config import GridConfig
+    from extractors.grid import extract_grid
+
+    config = GridConfig(backbone=f"clip:local-dir:{data.parent / 'clip'}", device="cpu", workers=0, batch_size=BATCH)
+    assert extract_grid(data / "pairs", config).done == shards
+
+
 def extract_regions(data: Path, shards: int) -> None:
     """The tiny detector."""
     from extractors.regions.config import RegionsConfig
@@ -83,6 +92,7 @@ STAGES: dict[str, Callable[[Path, int], None]] = {
     "download": download,
     "score clip": score_clip,
     "extract patches": extract_patches,
+    "extract grid": extract_grid,
     "extract regions": extract_regions,
     "filter": filter_pairs,
     "training input": train_input,

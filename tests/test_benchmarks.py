@@ -17,6 +17,7 @@ from benchmarks import (
     compare,
     curation_quality,
     download,
+    extract,
     features,
     memory,
     near_duplicates,
@@ -31,7 +32,14 @@ from benchmarks.filter import SHARD_ROWS, Peers, check_equal, generate
 from benchmarks.make_pairs import make_pairs
 from benchmarks.photographs import jpegs
 from cli.demo.noise import plant_noise
+from extractors.config import PatchesConfig
+from extractors.patches import extract_patches
+from extractors.regions.backends import load_detector
+from extractors.regions.config import RegionsConfig
+from extractors.regions.extractor import extract_regions
+from extractors.regions.protocol import find_regions
 from schemas.errors import PairmillError
+from schemas.features import region_fields
 from schemas.pairs import pairs_schema
 from shards.reader import read_table
 from shards.writer import write_pairs
@@ -125,20 +133,62 @@ def test_clip_scores_equal_the_bare_model(tmp_path):
     assert bare.seconds() > 0
 
 
-def test_every_feature_store_answers_with_the_same_arrays(tmp_path):
-    rows = 5
-    stores = [
-        features.Shard(tmp_path / "shard", rows),
-        features.Lmdb(tmp_path / "plain", rows, compressed=False),
-        features.Lmdb(tmp_path / "small", rows, compressed=True),
-        features.Tsv(tmp_path / "rows.tsv", rows),
-    ]
-    readers = [store.read for store in stores]
-    features.check_equal(readers, [4, 0, 3])
+@pytest.mark.parametrize("kind", features.KINDS.values(), ids=list(features.KINDS))
+def test_every_feature_store_answers_with_the_same_arrays(tmp_path, kind):
+    readers = list(features.open_stores(tmp_path / "stores", 5, kind).values())
+    features.check_equal(readers, [4, 0, 3], kind)
     with pytest.raises(AssertionError):
-        features.check_equal([lambda number: readers[0](number - 1)], [3])
+        features.check_equal([lambda number: readers[0](number - 1)], [3], kind)
     for read in readers:
-        features.read_batches(read, [1, 4])
+        features.read_batches(read, [1, 4], kind)
+
+
+def test_feature_rows_are_those_of_the_regions_schema():
+    own = {field.name for field in region_fields(features.DIM, features.CLASSES)} - {"num_boxes"}
+    assert set(features.ALL) == own
+
+
+def test_extractors_are_measured_beside_what_they_cannot_do_without():
+    result = extract.run(1, quick=True)
+    goals = {check.what: check.goal for check in result.checks}
+    for layout in ("vilt", "square"):
+        assert goals[f"extract patches, {layout}, share of decode, resize and numpy's writing"] == 0.9
+    for detector in ("torchvision:tiny", "rcnn:FPN"):
+        assert goals[f"extract regions, {detector}, cpu, share of the bare forward's speed"] == 0.95
+    assert all(value > 0 for value in result.medians.values())
+    skipped = any("DefaultPredictor" in note for note in result.notes)
+    assert skipped is ("extract regions, rcnn:FPN, cpu, times DefaultPredictor" not in goals)
+
+
+def test_extracted_rows_that_are_not_the_plain_ones_are_not_timed(tmp_path):
+    dataset = make_pairs(tmp_path / "ds", [2, 2])
+    config = PatchesConfig(name=extract.NAME, size=64, workers=0)
+    stage = extract.Stage(dataset, extract_patches, config)
+    stage.run()
+    extract.check_patches(stage, config)
+    with pytest.raises(AssertionError):
+        extract.check_patches(stage, config.model_copy(update={"layout": "square"}))
+    config = RegionsConfig(name=extract.NAME, device="cpu", workers=0, batch_size=2)
+    stage = extract.Stage(dataset, extract_regions, config)
+    assert stage.seconds() > 0
+    bare = extract.Bare(dataset, config)
+    extract.check_regions(stage, bare)
+    bare.images = bare.images[::-1]
+    with pytest.raises(AssertionError):
+        extract.check_regions(stage, bare)
+    boxes = np.arange(400, dtype=np.float32).reshape(100, 4)
+    extract.check_proposals(boxes, boxes[:60] + 0.5)
+    with pytest.raises(AssertionError):
+        extract.check_proposals(boxes, boxes[:60] + 1.5)
+
+
+@pytest.mark.parametrize("kind", ["C4", "FPN"])
+def test_random_detectors_of_both_kinds_load_and_propose(tmp_path, kind):
+    path = extract.random_rcnn(tmp_path / "rcnn.pth", kind, 8)
+    detector = load_detector(RegionsConfig(detector=f"rcnn:{kind}", weights=str(path), size=64, proposals=20))
+    found = find_regions(detector, [np.random.default_rng(0).integers(0, 256, (96, 128, 3)).astype(np.uint8)])[0]
+    assert len(found.boxes) == 20
+    assert 0 < found.features.abs().max() < 1000
 
 
 def test_training_input_gives_the_same_pairs_either_way(tmp_path):
