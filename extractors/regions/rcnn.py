@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, nms, roi_align, roi_pool
 
-from extractors.regions.resnet import LastMap, Pyramid, stage
+from extractors.regions.resnet import ConvNorm, LastMap, Pyramid, stage
 
 _RPN_OVERLAP = 0.7
 _LARGEST_GROWTH = math.log(1000 / 16)
 _RATIOS = (0.5, 1.0, 2.0)  # height over width
-_ROIS_AT_ONCE = 64  # the last stage's maps of 300 boxes would take 2 GB
+# A C4's last stage would take 2 GB for 300 boxes; the large matrices of an FPN's head are read once for all.
+_ROIS_AT_ONCE = {"C4": 64, "FPN": 1000}
 _CELLS = {"C4": 14, "FPN": 7}
 ANCHORS = "proposal_generator.anchor_generator.cell_anchors."
 
@@ -245,6 +246,14 @@ class FasterRcnn(nn.Module):
         """D of a box's feature."""
         return self.roi_heads["box_predictor"].cls_score.in_features
 
+    def fold(self) -> FasterRcnn:
+        """Readies filled weights for use, a third faster on a CPU: no normalisations, channels last in the backbone."""
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.fold()
+        self.backbone.to(memory_format=torch.channels_last)
+        return self
+
     def maps(self, images: Tensor) -> list[Tensor]:
         """Feature maps of [B, 3, H, W], pixels less the mean, blue green red. An FPN's sides must divide by 32."""
         return self.backbone(images)
@@ -340,7 +349,7 @@ class FasterRcnn(nn.Module):
 
     def describe(self, maps: Sequence[Tensor], boxes: Tensor) -> Described:
         """Features and predictions of one image's boxes [R, 4], R may be 0. maps [1, C, h, w]."""
-        parts = [self.features(self.pool(maps, rows)) for rows in boxes.split(_ROIS_AT_ONCE)]
+        parts = [self.features(self.pool(maps, rows)) for rows in boxes.split(_ROIS_AT_ONCE[self.kind])]
         features = torch.cat(parts).float()
         with torch.autocast(features.device.type, enabled=False):
             logits, deltas, attributes = self.roi_heads["box_predictor"](features)

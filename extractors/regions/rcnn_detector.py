@@ -50,7 +50,7 @@ class RcnnDetector:
         )
         self.rules = rules
         self.inclusive = rules.inclusive and not rules.far_less_one
-        self.model = build(state, rules, config.detector, path).eval()
+        self.model = build(state, rules, config.detector, path).fold().eval()
         logits = len(state["roi_heads.box_predictor.cls_score.weight"])
         self.classes = names(path, "classes", logits - 1) or tuple(f"class_{i}" for i in range(logits - 1))
         self.attributes: tuple[str, ...] = ()
@@ -222,7 +222,8 @@ def resized(rgb: np.ndarray, rules: Rules) -> Tensor:
 def network_input(images: Sequence[Tensor], rules: Rules, kind: str) -> Tensor:
     """Images of one size as `resized` gives them -> [B, 3, h, w] fp32, blue green red, less the mean.
 
-    Sides are filled with zeros below and at the right: an FPN's to multiples of 32, others to 4, which leaves one cell.
+    Sides are filled with zeros below and at the right: an FPN's to multiples of 32, and where the stem pools without
+    padding (Caffe) to 4, which leaves one cell.
     """
     batch = torch.stack(list(images)).flip(1)
     if not batch.is_floating_point():
@@ -230,7 +231,8 @@ def network_input(images: Sequence[Tensor], rules: Rules, kind: str) -> Tensor:
     height, width = batch.shape[2:]
     if kind == "FPN":
         return F.pad(batch, (0, -width % _FPN_SIDES, 0, -height % _FPN_SIDES))
-    return F.pad(batch, (0, max(0, _LEAST_SIDE - width), 0, max(0, _LEAST_SIDE - height)))
+    least = _LEAST_SIDE if rules.caffe_pool else 1
+    return F.pad(batch, (0, max(0, least - width), 0, max(0, least - height)))
 
 
 def build(state: Mapping[str, Tensor], rules: Rules, name: str, path: Path) -> FasterRcnn:

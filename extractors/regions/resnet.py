@@ -35,16 +35,25 @@ class FrozenNorm(nn.Module):
 
 
 class ConvNorm(nn.Conv2d):
-    """A convolution without bias, and its normalisation as `norm`."""
+    """A convolution without bias, and its normalisation as `norm`, until `fold` makes one of both."""
 
     def __init__(
         self, shape: torch.Size, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
     ) -> None:
         super().__init__(shape[1] * groups, shape[0], shape[2], stride, padding, dilation, groups, bias=False)
-        self.norm = FrozenNorm(shape[0])
+        self.norm: nn.Module = FrozenNorm(shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(super().forward(x))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Scales the weights and adds a bias in place of `norm`: the same function, one pass over memory less."""
+        norm = {name: value.double() for name, value in self.norm.named_buffers()}
+        scale = norm["weight"] / (norm["running_var"] + EPSILON).sqrt()
+        self.weight.copy_(self.weight * scale[:, None, None, None])
+        self.bias = nn.Parameter((norm["bias"] - norm["running_mean"] * scale).to(self.weight.dtype))
+        self.norm = nn.Identity()
 
 
 class Bottleneck(nn.Module):
