@@ -66,6 +66,10 @@ def export_features(
         raise PairmillError(
             f"There is no format `{format}`.{suggest(format, EXPORTS)} There are: {', '.join(EXPORTS)}."
         )
+    if format != "tsv" and config.fields != "lxmert":
+        raise PairmillError(f"`--fields` is for tsv; {format} has columns of its own.")
+    if format == "tsv" and not config.compress:
+        raise PairmillError("`--no-compress` is for uniter-lmdb; a tsv is never compressed.")
     source, target = Dataset.open(dataset), Path(output).absolute()
     mark_file = target.with_name(f"{target.name}.{MARK}")
     stage = source.require(f"features/{config.name}")

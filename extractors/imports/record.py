@@ -34,6 +34,8 @@ NAMES = {
     "height": ("image_h", "image_height", "img_h"),
 }
 _ARRAYS = ("features", "boxes", "norm_bb", "conf", "probs", "obj_id", "obj_conf", "attr_id", "attr_conf")
+_FLAT = ("conf", "obj_id", "obj_conf", "attr_id", "attr_conf")
+_MOST_PX = 1 << 30
 # VinVL's six geometry numbers behind a feature whose own width is a multiple of 8: 2054 = 2048 + 6.
 _GEOMETRY = 6
 _SAME_ASPECT = 0.02
@@ -110,16 +112,15 @@ def record_of(values: Mapping[str, Any], dtype: str = "<f4") -> Record:
         if name is not None:
             kind = "<i8" if ours in ("obj_id", "attr_id") else dtype
             found[ours] = numbers(values[name], kind) if ours in _ARRAYS else whole_number(values[name])
+            if ours in _FLAT:
+                found[ours] = found[ours].reshape(-1).astype(np.int64 if ours.endswith("id") else np.float32)
     if "features" not in found:
         raise RowError(f"no features among {', '.join(sorted(map(str, values)))[:200] or 'nothing'}")
     boxes = found.get("boxes", found.get("norm_bb"))
     features = _matrix(found["features"], found.get("num"), boxes)
     relative = "boxes" not in found
     if boxes is not None:
-        boxes = boxes.reshape(len(features), -1) if boxes.size % max(1, len(features)) == 0 else boxes
-        if boxes.ndim != 2 or (boxes.shape[1] < 4 and len(features)):
-            raise RowError(f"boxes of shape {list(boxes.shape)} do not fit {len(features)} features")
-        boxes = boxes.reshape(len(features), -1)[:, :4] if len(features) else np.empty((0, 4))
+        boxes = _corners(boxes, len(features))
     elif features.shape[1] % 8 == _GEOMETRY:
         boxes, features = features[:, -_GEOMETRY:-2], features[:, :-_GEOMETRY]
     sides = (found.get("width", 0), found.get("height", 0))
@@ -134,7 +135,7 @@ def record_of(values: Mapping[str, Any], dtype: str = "<f4") -> Record:
         features=features,
         boxes=None if boxes is None else boxes.astype(np.float32),
         relative=relative,
-        size=sides if min(sides) > 0 else None,
+        size=sides if 0 < min(sides) <= max(sides) < _MOST_PX else None,
         conf=conf,
         objects=objects,
         attributes=attributes,
@@ -151,6 +152,15 @@ def _ids(ids: np.ndarray | None, conf: np.ndarray | None, counts_background: boo
         return ids, conf
     known = ids > 0
     return np.where(known, ids - 1, 0), None if conf is None else np.where(known, conf, 0)
+
+
+def _corners(boxes: np.ndarray, n: int) -> np.ndarray:
+    """[n, 4]: the first four numbers of each box, whether the array is flat or not."""
+    if not n and not boxes.size:
+        return np.empty((0, 4))
+    if not n or boxes.size % n or boxes.size // n < 4:
+        raise RowError(f"boxes of shape {list(boxes.shape)} do not fit {n} features")
+    return boxes.reshape(n, -1)[:, :4]
 
 
 def _matrix(array: np.ndarray, num: int | None, boxes: np.ndarray | None) -> np.ndarray:
@@ -240,11 +250,12 @@ class Classes:
         return {name: i for i, name in enumerate(self.names)}
 
 
-def row_of(record: Record, layout: Layout, classes: Classes, sizes: Sizes) -> dict[str, Any]:
-    """The row of regions-v1, sorted by confidence where there is one; what the record lacks is null.
+def row_of(record: Record, layout: Layout, classes: Classes, attributes: int, sizes: Sizes) -> dict[str, Any]:
+    """The row of regions-v1, sorted by confidence where there is one; what the record lacks is null. `attributes` is
+    how many there are.
 
     Boxes are px of the stored image; without one, of the original; where no size is known, shares of the sides.
-    Raises RowError: another width than the set's, numbers that are not finite, another image's aspect.
+    Raises RowError: another width than the set's, numbers that are not finite, ids of no class, another image's aspect.
     """
     n = len(record.features)
     if n and record.features.shape[1] != layout.dim:
@@ -253,7 +264,7 @@ def row_of(record: Record, layout: Layout, classes: Classes, sizes: Sizes) -> di
     with np.errstate(over="ignore"):
         features = record.features[order].reshape(n, layout.dim).astype(np.float16)
     probs = None if record.probs is None or not n else _background_first(record.probs[order], layout)
-    for name, array in (("features", features), ("class probabilities", probs)):
+    for name, array in (("features", features), ("class probabilities", probs), ("confidences", record.conf)):
         if array is not None and not np.isfinite(array).all():
             raise RowError(f"{name} are not finite, or too large for float16")
     boxes = None if record.boxes is None else _boxes(record, sizes)[order]
@@ -275,6 +286,8 @@ def row_of(record: Record, layout: Layout, classes: Classes, sizes: Sizes) -> di
         row["cls_probs"] = np.empty((0, layout.classes + 1)) if not n and record.probs is not None else probs
     if record.attributes is not None:
         found, conf = record.attributes
+        if n and not 0 <= found.min() <= found.max() < attributes:
+            raise RowError(f"attribute ids from {found.min()} to {found.max()} among {attributes} attributes")
         row |= {"attr_id": found[order].tolist(), "attr_conf": None if conf is None else _floats(conf[order])}
     return row
 

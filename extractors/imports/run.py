@@ -64,8 +64,10 @@ def open_source(format: str, path: str, config: ImportFeaturesConfig) -> Source:
         raise PairmillError(
             f"There is no format `{format}`.{suggest(format, FORMATS)} There are: {', '.join(FORMATS)}."
         )
-    if config.fields is not None and format != "tsv":
-        raise PairmillError(f"`--fields` names the columns of a tsv; {format} has names of its own.")
+    if format != "tsv" and (config.fields is not None or config.dtype != "float32"):
+        raise PairmillError(f"`--fields` and `--dtype` are for tsv; {format} has names and types of its own.")
+    if config.new and config.key is not None:
+        raise PairmillError("`--new` names rows by the file's own keys. Leave out --key, or --new.")
     if format == "tsv":
         return TsvSource.of(path, config.fields, config.dtype)
     if not Path(path).exists():
@@ -277,7 +279,8 @@ class ImportWork:
         try:
             record = read(*entry)
             stored, original = _size(pair, "width", "height"), _size(pair, "original_width", "original_height")
-            row = row_of(record, self.made.layout, self.made.classes, Sizes(stored, original))
+            made = self.made
+            row = row_of(record, made.layout, made.classes, len(made.attributes), Sizes(stored, original))
         except RowError as error:
             return {"state": error.state, "error": f"{entry[0]}: {error}"[:300]}, None
         return row, record.size
