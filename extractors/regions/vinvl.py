@@ -5,6 +5,9 @@ vinvl_vg_x152c4.pth; VG-SGG-dicts-vgoi6-clipped.json beside it gives the names.
 
 Its boxes include their last pixel when they are moved and clipped, but neither when they suppress each other nor when
 cells are pooled: layers/nms.py and layers/roi_align.py take torchvision's operations.
+
+Two things are ours: attributes are told the likeliest foreground class, as it is stored, where theirs are told the
+class in which the box was kept; and they are of the proposal, where theirs are of the refined box if that is stored.
 """
 
 from __future__ import annotations
