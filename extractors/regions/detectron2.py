@@ -118,7 +118,7 @@ class Detectron2Detector:
                 x, y = stored[1] / seen[1], stored[0] / seen[0]
                 scale = torch.tensor([x, y, x, y], device=batch.tensor.device)
                 rows = found[at] if boxes is None else boxes[i].to(scale.device, torch.float32) / scale
-                own = {name: one[at : at + 1] for name, one in maps.items()}
+                own = {name: one[at : at + 1].float() for name, one in maps.items()}  # boxes take their maps' type
                 out[i] = self._describe(own, rows, scale, (seen[0], seen[1]), stored, boxes is None)
         return [out[i] for i in range(len(images))]
 

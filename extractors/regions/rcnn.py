@@ -247,7 +247,7 @@ class FasterRcnn(nn.Module):
         return self.roi_heads["box_predictor"].cls_score.in_features
 
     def fold(self) -> FasterRcnn:
-        """Readies filled weights for use, a third faster on a CPU: no normalisations, channels last in the backbone."""
+        """Readies filled weights for use: no normalisations, channels last in the backbone; both are faster."""
         for module in self.modules():
             if isinstance(module, ConvNorm):
                 module.fold()
@@ -349,6 +349,9 @@ class FasterRcnn(nn.Module):
 
     def describe(self, maps: Sequence[Tensor], boxes: Tensor) -> Described:
         """Features and predictions of one image's boxes [R, 4], R may be 0. maps [1, C, h, w]."""
+        maps = [
+            one.float().contiguous() for one in maps
+        ]  # boxes take their maps' type: in fp16 they would move by 0.5 px
         parts = [self.features(self.pool(maps, rows)) for rows in boxes.split(_ROIS_AT_ONCE[self.kind])]
         features = torch.cat(parts).float()
         with torch.autocast(features.device.type, enabled=False):

@@ -320,6 +320,26 @@ def test_a_detectron2_that_does_not_start_is_told_apart(monkeypatch, tmp_path):
         load_detector(RegionsConfig(detector="detectron2:x.yaml"))
 
 
+def near_boxes(detector):
+    """How much features of two boxes differ that bf16 would round to one, as the runner calls it on a GPU."""
+    boxes = torch.tensor([[140.6, 20.0, 170.6, 60.0], [141.4, 20.0, 171.4, 60.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = find_regions(detector, [picture(0, 112, 186)], [boxes])[0]
+    return (found.features[0] - found.features[1]).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["C4", "FPN"])
+def test_boxes_are_not_rounded_where_maps_are_of_half_precision(kind):
+    weights = golden(f"d2_{kind.lower()}")[0].folder / "weights.safetensors"
+    assert near_boxes(load_detector(_own(f"rcnn:{kind}", weights))) > 0
+
+
+@pytest.mark.usefixtures("needs_detectron2")
+def test_detectron2s_boxes_are_not_rounded_either(tmp_path):
+    yaml = settings(tmp_path)
+    assert near_boxes(load_detector(config(yaml, settled(tmp_path, yaml)))) > 0
+
+
 @pytest.mark.parametrize(("case", "rules"), [(golden("d2_c4")[0], C4), (golden("d2_fpn")[0], FPN)], ids=["C4", "FPN"])
 @torch.inference_mode()
 def test_folded_normalisations_are_the_same_function(case, rules):
