@@ -16,12 +16,15 @@ from torchvision.ops import batched_nms
 from extractors.regions.backends import load_detector
 from extractors.regions.butd import read_butd
 from extractors.regions.config import RegionsConfig
+from extractors.regions.extractor import extract_regions
 from extractors.regions.protocol import find_regions
 from extractors.regions.rcnn import FasterRcnn
 from extractors.regions.rcnn_detector import C4, FPN, build, network_input
 from extractors.regions.selection import rows_from_proposals
 from schemas.errors import PairmillError
+from shards.reader import MappedShard
 from tests.extractors.test_regions_butd import picture
+from tests.make import make_dataset
 from tests.parity.golden import golden
 
 CLASSES = 7
@@ -188,6 +191,18 @@ def test_an_image_does_not_depend_on_its_neighbours(tmp_path, base):
         alone = find_regions(detector, [image])[0]
         assert torch.allclose(one.boxes, alone.boxes, atol=1e-2)
         assert torch.allclose(one.features, alone.features, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("needs_detectron2")
+def test_extraction_stores_regions_with_the_names_of_the_data(tmp_path):
+    yaml = settings(tmp_path, "Base-RCNN-FPN.yaml", classes=80)
+    weights = settled(tmp_path, yaml)
+    dataset = make_dataset(tmp_path / "ds", shards=1, rows=2)
+    extract_regions(dataset, config(yaml, weights, workers=0, min_boxes=3, max_boxes=9))
+    mapped = MappedShard(dataset.folder, dataset.stage("features/regions").file(0))
+    assert mapped.row(0)["state"] == "ok"
+    assert 3 <= mapped.row(0)["num_boxes"] <= 9
+    assert b"bicycle" in mapped.schema.metadata[b"pairmill.about"]
 
 
 @pytest.mark.usefixtures("needs_detectron2")
