@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -329,7 +331,7 @@ def _adapted(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
     if adapt is None:
         return dict(tensors)
     try:
-        with quiet():
+        with _silent():
             return dict(adapt(dict(tensors), model))
     except Exception:  # names of another architecture: what does not fit is told when they are loaded
         return dict(tensors)
@@ -345,5 +347,13 @@ def _set_size(model: nn.Module, size: int, label: str) -> None:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is not None:
         check_patch_size(size, patch[0])
-    with quiet():
+    with _silent():
         model.set_input_size(img_size=(size, size))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """timm's resampling of Swin's tables warns of its own speed and indexing."""
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

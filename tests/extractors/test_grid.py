@@ -14,6 +14,7 @@ import timm
 import timm.data
 import torch
 from huggingface_hub import HfApi
+from open_clip.modified_resnet import ModifiedResNet
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ import extractors.grid_models as grid_models
 from cli.main import run as run_command
 from extractors.config import GridConfig
 from extractors.grid import GridLoader, extract_grid
-from extractors.grid_models import TimmTower, find_backbone
+from extractors.grid_models import ClipTower, TimmTower, find_backbone
 from schemas.errors import PairmillError
 from schemas.events import StageFinished
 from schemas.features import about
@@ -34,6 +35,7 @@ from tests.extractors.conftest import CORRUPT, FAIL
 from tests.extractors.tiny_clip import save_clip, save_run
 from tests.extractors.tiny_timm import save_timm, shake
 from tests.make import SIZES, make_dataset, picture
+from tests.parity.golden import Case, golden
 
 VIT = {"image_size": 64, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
 CLIPS: dict[str, dict[str, Any]] = {
@@ -155,6 +157,22 @@ def test_the_map_is_the_models_own(tmp_path: Path, weights: dict[str, Path], nam
         elif name.endswith("resnet"):
             theirs = theirs.transpose(1, 2, 0)
         assert_within_fp16(row["grid"], theirs)
+
+
+@pytest.mark.parametrize("case", golden("clip_resnet"), ids=str)
+def test_a_resnets_map_is_what_openais_code_computed(case: Case):
+    config = case.config
+    heads = config["v_width"] * 32 // 64
+    visual = ModifiedResNet(config["v_layers"], config["embed"], heads, config["image_size"], config["v_width"])
+    visual.load_state_dict(
+        {name.removeprefix("visual."): w for name, w in case.weights.items() if name.startswith("visual.")}
+    )
+    tower = ClipTower(visual.eval())
+    atol, rtol = case.tolerance
+    for image, grid in (("image", "grid"), ("grid_image", "grid_nonsquare")):
+        found, token = tower(case.inputs[image])
+        assert token is None
+        torch.testing.assert_close(found, case.outputs[grid], atol=atol, rtol=rtol)
 
 
 def test_a_corrupt_image_nulls_its_row_only(dataset: Dataset, weights: dict[str, Path]):
@@ -364,12 +382,14 @@ def test_published_weights_come_from_the_cache(monkeypatch: pytest.MonkeyPatch, 
     assert backbone.sha256 == find_backbone(GridConfig(**given(weights, "test_vit"))).sha256
 
 
-def test_numbers_beyond_fp16_are_an_error(dataset: Dataset, weights: dict[str, Path], tmp_path: Path):
-    state = read_checkpoint(weights["test_vit"]).tensors
+def test_numbers_beyond_fp16_are_an_error(tmp_path: Path, weights: dict[str, Path]):
+    dataset = make_dataset(tmp_path / "ds", 1, 2)
+    state = read_checkpoint(weights["tiny_swin"]).tensors
     state["norm.weight"][0] = 1e6
     save_file(state, tmp_path / "large.safetensors")
     with pytest.raises(PairmillError, match="--precision bf16"):
-        run(dataset, backbone="timm:test_vit", weights=str(tmp_path / "large.safetensors"))
+        run(dataset, backbone="timm:tiny_swin", weights=str(tmp_path / "large.safetensors"))
+    assert not dataset.stage("features/grid").standing()
 
 
 def test_a_model_without_a_map_is_an_error():
@@ -381,9 +401,15 @@ def test_a_model_without_a_map_is_an_error():
         TimmTower(Vector(), "timm:vector")(torch.zeros(1, 3, 8, 8))
 
 
-def test_the_command(tmp_path: Path, weights: dict[str, Path]):
-    dataset = make_dataset(tmp_path / "ds", 1, 2)
-    words = ["extract", "grid", str(tmp_path / "ds"), "--backbone", "timm:tiny_swin", "--workers", "0", "-q"]
+def test_the_command_and_what_lists_a_grid_set(
+    tmp_path: Path, weights: dict[str, Path], capsys: pytest.CaptureFixture[str]
+):
+    dataset, where = make_dataset(tmp_path / "ds", 1, 2), str(tmp_path / "ds")
+    words = ["extract", "grid", where, "--backbone", "timm:tiny_swin", "--workers", "0", "-q"]
     assert run_command([*words, "--weights", str(weights["tiny_swin"]), "--pool-cells", "2"]) == 0
     assert mapped(dataset, 0).row(1)["grid"].shape == (2, 2, 32)
-    assert run_command(["extract", "grid", str(tmp_path / "ds"), "--backbone", "timm:tiny_swim"]) == 2
+    for listing, told in (("history", "features/grid  extract grid"), ("show", "grid.num_cells: 4"), ("check", "")):
+        assert run_command([listing, where]) == 0
+        assert told in capsys.readouterr().out
+    assert run_command(["extract", "grid", where, "--backbone", "timm:tiny_swim"]) == 2
+    assert "Did you mean `timm:tiny_swin`?" in capsys.readouterr().err
