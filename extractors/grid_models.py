@@ -285,7 +285,7 @@ def _find_timm(name: str, config: GridConfig) -> TimmBackbone:
 
 def _fetch(full: str, cfg: Mapping[str, Any]) -> Path:
     """The weights of NAME.TAG: from the cache of timm's hub, else from the hub."""
-    repo, url = cfg.get("hf_hub_id"), cfg.get("url")
+    repo = cfg.get("hf_hub_id")
     names = [cfg["hf_hub_filename"]] if cfg.get("hf_hub_filename") else FOLDER_FILES
     try:
         if not repo:
@@ -300,7 +300,7 @@ def _fetch(full: str, cfg: Mapping[str, Any]) -> Path:
         return Path(hf_hub_download(repo, next(name for name in names if name in there)))
     except Exception as error:  # whatever the hub raises
         name, _, tag = full.partition(".")
-        where = " or ".join(filter(None, [repo and f"https://huggingface.co/{repo}", url]))
+        where = f"https://huggingface.co/{repo}" if repo else cfg.get("url")
         raise PairmillError(
             f"`--backbone timm:{name} --pretrained {tag}`: the weights are not on this machine and cannot be fetched "
             f"({' '.join(str(error).split())[:160]}). Fetch {where} elsewhere and pass the file, too: --weights FILE."
