@@ -14,14 +14,16 @@ import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.compare import ROOT, machine, version
@@ -30,6 +32,7 @@ from extractors.regions.backends import load_detector
 from extractors.regions.config import RegionsConfig
 from extractors.regions.detectron2 import build_network, read_config, require_detectron2
 from extractors.regions.protocol import Detector, Proposals, find_regions
+from extractors.regions.rcnn import FasterRcnn
 from extractors.regions.selection import rows_from_proposals
 
 PAGE = ROOT / "docs" / "detectron2-parity.md"
@@ -41,7 +44,7 @@ FAMILIES = {
 SIZES = ((480, 640), (683, 1024), (427, 500))  # height, width
 PROPOSALS, SHORTER = 300, 600
 SAME_BOX = 0.5  # px within which two programs' proposals are one
-COUNTED = ("proposals", "kept")
+COUNTED = ("proposals", "kept", "likeliest")
 _LAST_NORMS, _SHIFTS = ("conv3.norm",), {"anchor_deltas": 0.3, "bbox_pred": 1.0, "cls_score": 1.5}
 
 
@@ -130,13 +133,16 @@ def differences(ours: tuple[Proposals, dict[str, Any]], theirs: tuple[Proposals,
         "kept rows": float(len(wanted["boxes"])),
         "kept rows that differ": float(other_rows(kept["boxes"], wanted["boxes"])),
     }
+    same = a.class_probs[own, 1:].argmax(1) == b.class_probs[row, 1:].argmax(1)
+    out["likeliest classes that differ"] = float((~same).sum())
     for name, kind in (
         ("boxes", "boxes of proposals, px"),
-        ("regressed", "regressed boxes, px"),
         ("features", "features"),
         ("class_probs", "probabilities"),
+        ("regressed", "refined boxes of the same class, px"),
     ):
-        out[kind] = float((getattr(a, name)[own] - getattr(b, name)[row]).abs().max())
+        apart = (getattr(a, name)[own] - getattr(b, name)[row]).abs()
+        out[kind] = float((apart[same] if name == "regressed" else apart).max())
     out["the image's feature"] = float((a.image_feature - b.image_feature).abs().max())
     out["features, root mean square"] = float(b.features.square().mean().sqrt())
     return out
@@ -159,16 +165,18 @@ def predictor(config: RegionsConfig) -> Callable[[np.ndarray], Any]:
 
 
 def compare(family: str, folder: Path, sizes: Sequence[tuple[int, int]], shorter: int, rounds: int) -> dict[str, Any]:
-    """The largest differences over all pictures, and seconds a picture of the three ways to run it."""
+    """The largest differences over all pictures, folded and not, and seconds a picture of the three ways to run it."""
     yaml, own = FAMILIES[family]
     options: dict[str, Any] = {"size": shorter, "proposals": PROPOSALS}
     path = folder / f"{family}.pkl"
     theirs_config = RegionsConfig(detector=f"detectron2:{yaml}", weights=str(path), **options)
-    small = torch.from_numpy(np.ascontiguousarray(photograph(400, 300, 9).transpose(2, 0, 1)))
-    random_weights(theirs_config, small, path)
+    seen = Image.fromarray(photograph(640, 480, len(sizes))).resize((4 * shorter // 3, shorter))
+    random_weights(theirs_config, torch.from_numpy(np.array(seen).transpose(2, 0, 1)), path)
     config = RegionsConfig(detector=own, weights=str(path), **options)
     ours, theirs, whole = load_detector(config), load_detector(theirs_config), predictor(theirs_config)
-    told: dict[str, float] = {}
+    with patch.object(FasterRcnn, "fold", lambda self: self):
+        unfolded = load_detector(config)
+    told: dict[str, dict[str, float]] = {family: {}, f"{family} unfolded": {}}
     spent: dict[str, list[float]] = {}
     for seed, (height, width) in enumerate(sizes):
         picture = photograph(width, height, seed)
@@ -180,8 +188,11 @@ def compare(family: str, folder: Path, sizes: Sequence[tuple[int, int]], shorter
         }
         for _ in range(rounds):  # one after the other: drift hits all
             found = {name: _spent(way, spent.setdefault(name, [])) for name, way in ways.items()}
-        for name, value in differences(found[own], found["detectron2:"]).items():
-            told[name] = told.get(name, 0) + value if name.startswith(COUNTED) else max(told.get(name, 0), value)
+        both = (found[own], described(unfolded, picture, config))
+        for column, one in zip(told.values(), both, strict=True):
+            for name, value in differences(one, found["detectron2:"]).items():
+                before = column.get(name, 0)
+                column[name] = before + value if name.startswith(COUNTED) else max(before, value)
     seconds = {name.replace(own, "rcnn:"): statistics.median(values) for name, values in spent.items()}
     return {"differences": told, "seconds": seconds}
 
@@ -200,21 +211,18 @@ def _spent(way: Callable[[], Any], seconds: list[float]) -> Any:
     return answer
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The results as Markdown."""
-    lines = [f"| | {' | '.join(results)} |", f"| --- |{' ---: |' * len(results)}"]
-
-    def line(what: str, values: Iterable[float], form: str) -> None:
-        lines.append(f"| {what} | {' | '.join(format(v, form) for v in values)} |")
-
-    first = next(iter(results.values()))
-    for kind in first["differences"]:
-        values = [r["differences"][kind] for r in results.values()]
-        line(kind, values, ".0f" if kind.startswith(COUNTED) else ".2g")
-    for way in first["seconds"]:
-        line(f"processor seconds a picture, `{way}`", [r["seconds"][way] for r in results.values()], ".2f")
-    ratios = [r["seconds"]["DefaultPredictor"] / r["seconds"]["rcnn:"] for r in results.values()]
-    line("DefaultPredictor's seconds over those of `rcnn:`", ratios, ".2f")
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as Markdown; a family has two columns of differences and one of seconds."""
+    columns = {name: one for result in results for name, one in result["differences"].items()}
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for kind in next(iter(columns.values())):
+        form = ".0f" if kind.startswith(COUNTED) else ".2g"
+        lines.append(f"| {kind} | {' | '.join(format(one[kind], form) for one in columns.values())} |")
+    for way in results[0]["seconds"]:
+        spent = " | | ".join(f"{result['seconds'][way]:.2f}" for result in results)
+        lines.append(f"| processor seconds a picture, `{way}` | {spent} | |")
+    ratios = [result["seconds"]["DefaultPredictor"] / result["seconds"]["rcnn:"] for result in results]
+    lines.append(f"| DefaultPredictor's seconds over those of `rcnn:` | {' | | '.join(f'{r:.2f}' for r in ratios)} | |")
     return "\n".join(lines)
 
 
@@ -226,7 +234,7 @@ def main() -> None:
     require_detectron2("detectron2")
     shorter, rounds = (200, 1) if given.quick else (SHORTER, given.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        results = {family: compare(family, Path(folder), SIZES, shorter, rounds) for family in FAMILIES}
+        results = [compare(family, Path(folder), SIZES, shorter, rounds) for family in FAMILIES]
     text = f"{table(results)}\n\n{where(rounds, shorter)}"
     print(text)
     if not given.quick:
