@@ -11,7 +11,7 @@ import numpy as np
 from curation.browse_columns import Memory
 from curation.maintenance_config import ShowConfig
 from curation.show import show
-from extractors.regions.draw import region_labels
+from extractors.regions.draw import row_regions
 from schemas.features import about
 from schemas.pairs import PAIRS
 from schemas.status import OK
@@ -130,12 +130,8 @@ def row_boxes(stages: list[Stage], row: int) -> list[dict[str, Any]]:
         found = mapped.row(at, wanted)
         if found["state"] != OK:
             continue
-        said: dict[str, Any] = about(mapped.schema)
-        labels = region_labels(
-            found["obj_id"], said.get("classes") or [], found.get("attr_id"), said.get("attributes") or []
-        )
-        boxes = np.asarray(found["boxes"], np.float32).reshape(-1, 4).tolist()
-        conf = np.asarray(found["det_conf"], np.float32).tolist()
-        listed = [{"box": b, "label": label, "confidence": c} for b, label, c in zip(boxes, labels, conf, strict=True)]
+        boxes, labels, conf = row_regions(found, about(mapped.schema))
+        rows = zip(boxes.tolist(), labels, conf.tolist(), strict=True)
+        listed = [{"box": box, "label": label, "confidence": c} for box, label, c in rows]
         out.append({"set": stage.name, "boxes": listed})
     return out

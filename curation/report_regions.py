@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from curation.thumbnails import MAX_CAPTION, groups_of, jpeg, stored_rows
-from extractors.regions.draw import draw_regions, region_labels
+from extractors.regions.draw import draw_regions, row_regions
 from schemas.features import about
 from schemas.status import OK
 from shards.dataset import Dataset, Stage
@@ -43,9 +43,9 @@ def _of_set(dataset: Dataset, stage: Stage, shard: int, seed: int, most: int, ro
     if "boxes" not in mapped.schema.names:
         return None
     good = np.flatnonzero(np.array(mapped.states()) == OK)
-    if not good.size:
+    if not good.size or mapped.row(int(good[0]), ["boxes"])["boxes"] is None:
         return None
-    boxes = np.array([len(_confidences(mapped, r)) for r in good.tolist()])
+    boxes = np.array([mapped.row(r, ["num_boxes"])["num_boxes"] for r in good.tolist()])
     tried = np.random.default_rng(seed).permutation(good)[:TRIED].tolist()
     sure = {r: int((_confidences(mapped, r) >= CONFIDENT).sum()) for r in tried}
     ranked = sorted((r for r in tried if sure[r]), key=lambda r: sure[r] < 2)  # the seeded order stays in each half
@@ -70,21 +70,16 @@ def _near_each_other(dataset: Dataset, shard: int, rows: Sequence[int], most: in
 def _pictures(dataset: Dataset, mapped: MappedShard, shard: int, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
     """`shard`, `row`, `caption` and `data` of each row whose image decodes, in the dataset's order."""
     said = about(mapped.schema)
-    names, attributes = cast(list[str], said["classes"]), cast(list[str], said.get("attributes") or [])
     for row, image, caption in stored_rows(dataset, shard, rows):
-        found = mapped.row(row)
-        labels = region_labels(found["obj_id"], names, found.get("attr_id"), attributes)
-        boxes = np.asarray(found["boxes"], np.float32).reshape(-1, 4)
+        boxes, labels, confidence = row_regions(mapped.row(row), said)
         try:
             rgb = decode_rgb(image)
         except ImageError:
             continue
-        drawn = draw_regions(
-            rgb, boxes, labels, _confidences(mapped, row).tolist(), min_confidence=CONFIDENT, side_px=SIDE
-        )
+        drawn = draw_regions(rgb, boxes, labels, confidence.tolist(), min_confidence=CONFIDENT, side_px=SIDE)
         data = jpeg(drawn, SIDE, MOST_BYTES)
         yield {"shard": shard, "row": row, "caption": (caption or "")[:MAX_CAPTION], "data": data}
 
 
 def _confidences(mapped: MappedShard, row: int) -> np.ndarray:
-    return np.asarray(mapped.row(row, ["det_conf"])["det_conf"])
+    return row_regions(mapped.row(row, ["boxes", "det_conf"]), {})[2]

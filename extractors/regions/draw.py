@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -57,6 +58,20 @@ def region_labels(
     if attribute_ids is None or not attributes:
         return names
     return [f"{attributes[a]} {name}" for a, name in zip(attribute_ids, names, strict=True)]
+
+
+def row_regions(found: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """(boxes float32 [N, 4], labels, confidences float32 [N]) of a row that is ok; `said` is the set's `about`.
+
+    An imported set may lack some of it: no box then, labels '', confidence 1.
+    """
+    boxes = np.asarray([] if found["boxes"] is None else found["boxes"], np.float32).reshape(-1, 4)
+    ids, conf = found.get("obj_id"), found.get("det_conf")
+    if ids is None:
+        labels = [""] * len(boxes)
+    else:
+        labels = region_labels(ids, said.get("classes") or [], found.get("attr_id"), said.get("attributes") or [])
+    return boxes, labels, np.ones(len(boxes), np.float32) if conf is None else np.asarray(conf, np.float32)
 
 
 def draw_regions(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extractors.regions.draw import draw_regions, region_labels
+from extractors.regions.draw import draw_regions, row_regions
 from schemas.errors import PairmillError
 from schemas.features import about
 from schemas.status import OK
@@ -30,14 +30,8 @@ def row_picture(dataset: Dataset, shard: int, row: int, name: str, min_confidenc
     found = mapped.row(row)
     if found["state"] != OK:
         raise PairmillError(f"{dataset.url} row {shard}:{row} has no regions: its state is {found['state']}.")
-    said = about(mapped.schema)
-    names, attributes = said["classes"], said.get("attributes") or []
-    assert isinstance(names, list)
-    assert isinstance(attributes, list)
-    labels = region_labels(found["obj_id"], names, found.get("attr_id"), attributes)
+    boxes, labels, confidence = row_regions(found, about(mapped.schema))
     image = read_table(dataset.folder, dataset.stage(PAIRS).file(shard), ["image"])["image"][row].as_py()
-    boxes = np.asarray(found["boxes"], dtype=np.float32).reshape(-1, 4)
-    confidence = np.asarray(found["det_conf"], dtype=np.float32)
     drawn = draw_regions(decode_rgb(image), boxes, labels, confidence.tolist(), min_confidence=min_confidence)
     return drawn, int((confidence >= min_confidence).sum())
 

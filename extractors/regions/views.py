@@ -111,12 +111,18 @@ def class_probs(row: Row, classes: int) -> Array:
     return out
 
 
+def _confidence(row: Row) -> Array:
+    """float32 [N]; all of an imported set that has none count as sure."""
+    conf = row["det_conf"]
+    return np.ones(row["num_boxes"], np.float32) if conf is None else np.asarray(conf, np.float32)
+
+
 def uniter(
     row: Row, size: tuple[int, int], conf: float = 0.2, min_boxes: int = 10, max_boxes: int = 100
 ) -> tuple[Array, Array]:
     """UNITER: (features float16 [n, D], geometry float32 [n, 7]), n boxes with confidence > conf, within limits."""
     boxes = stored_boxes(row)
-    count = uniter_num_boxes(np.asarray(row["det_conf"], np.float32), conf, min_boxes, max_boxes)
+    count = uniter_num_boxes(_confidence(row), conf, min_boxes, max_boxes)
     return row["features"][:count], with_area(corners_and_sides(boxes[:count], size))
 
 
@@ -162,7 +168,7 @@ def vl_bert(
     the detector's own (`image_feat`). n as UNITER's.
     """
     height, width = size
-    count = uniter_num_boxes(np.asarray(row["det_conf"], np.float32), conf, min_boxes, max_boxes)
+    count = uniter_num_boxes(_confidence(row), conf, min_boxes, max_boxes)
     features = row["features"][:count].astype(np.float32)
     if stored_image:
         image = row["image_feat"].astype(np.float32)

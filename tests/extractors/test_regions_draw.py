@@ -7,7 +7,7 @@ import torch
 from cli.demo.scenes import generate_scene
 from extractors.regions import draw
 from extractors.regions.config import RegionsConfig
-from extractors.regions.draw import draw_regions, region_labels
+from extractors.regions.draw import draw_regions, region_labels, row_regions
 from extractors.regions.extractor import extract_regions
 from extractors.regions.picture import draw_row
 from extractors.regions.protocol import Proposals
@@ -189,3 +189,16 @@ def test_a_stored_row_of_many_classes_is_drawn_with_attributes(tmp_path, monkeyp
     assert hidden(written) == 0
     assert all(tag.text.startswith("kind ") and " thing " in tag.text for tag, _ in written)
     assert (tmp_path / "boxes.png").stat().st_size > 10_000
+
+
+def test_what_an_imported_row_lacks():
+    """Without confidences a box counts as sure, without ids it has no name, without boxes there is nothing to draw."""
+    box = [[1.0, 2, 30, 40]]
+    boxes, labels, confidence = row_regions({"boxes": box, "det_conf": None}, {})
+    assert (boxes.tolist(), labels, confidence.tolist()) == (box, [""], [1.0])
+    assert row_regions({"boxes": None}, {})[0].shape == (0, 4)
+    found = {"boxes": box, "det_conf": [0.5], "obj_id": [1], "attr_id": [0]}
+    _, labels, confidence = row_regions(found, {"classes": ["dog", "car"], "attributes": ["red"]})
+    assert (labels, confidence.tolist()) == (["red car"], [0.5])
+    plain = np.full((60, 60, 3), 255, np.uint8)
+    assert (draw_regions(plain, boxes, [""], [1.0], side_px=60) != 255).any()
