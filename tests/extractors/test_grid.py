@@ -364,7 +364,7 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(grid_models, "hf_hub_download", gone)
     monkeypatch.setattr(HfApi, "model_info", gone)
-    with pytest.raises(PairmillError, match=r"\(no connection\)\. Fetch https://\S+/timm/\S+in1k elsewhere.*--weights FILE"):
+    with pytest.raises(PairmillError, match=r"\(no connection\)\. Fetch https://\S+in1k elsewhere.*--weights FILE"):
         find_backbone(GridConfig(backbone="timm:vit_tiny_patch16_224", pretrained="augreg_in21k_ft_in1k"))
 
 
