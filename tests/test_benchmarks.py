@@ -182,6 +182,17 @@ def test_extracted_rows_that_are_not_the_plain_ones_are_not_timed(tmp_path):
         extract.check_proposals(boxes, boxes[:60] + 1.5)
 
 
+def test_the_cost_of_a_row_is_told_for_every_extractor(tmp_path):
+    found = extract.costs(tmp_path, quick=True)
+    assert all(seconds > 0 for seconds, _ in found.values())
+    sizes = {name: size for name, (_, size) in found.items()}
+    assert 384 * 512 * 3 <= sizes["extract patches, vilt, 384 px"] < 384 * 512 * 3 + 2000
+    assert 384 * 384 * 3 <= sizes["extract patches, square, 384 px"] < 384 * 384 * 3 + 2000
+    for name in ("torchvision:tiny", "rcnn:FPN, 36 boxes", "rcnn:C4, 36 boxes"):
+        assert sizes[f"extract regions, {name}"] > 1000
+    assert len(sizes) == 7
+
+
 @pytest.mark.parametrize("kind", ["C4", "FPN"])
 def test_random_detectors_of_both_kinds_load_and_propose(tmp_path, kind):
     path = extract.random_rcnn(tmp_path / "rcnn.pth", kind, 8)
