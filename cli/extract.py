@@ -22,7 +22,7 @@ DATASET = Annotated[str, typer.Argument(help="The dataset, a folder or URL.")]
 
 @extract.callback()
 def _extract() -> None:
-    """Compute features of every image: patches, regions."""
+    """Compute features of every image: patches, grids, regions."""
 
 
 @draw.callback()

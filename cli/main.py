@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("cli.formats", "Copy pairs into another tool's format."),
     "merge": ("cli.formats", "Join datasets into a new one."),
     "remove": ("cli.inspect", "Take rows out on request, everywhere."),
-    "extract": ("cli.extract", "Compute features of every image: patches, regions."),
+    "extract": ("cli.extract", "Compute features of every image: patches, grids, regions."),
     "import-features": ("cli.features", "Bring in region features that somebody already has."),
     "export-features": ("cli.features", "Write region features as LXMERT and UNITER read them."),
     "draw": ("cli.extract", "Draw what was extracted."),

@@ -209,7 +209,7 @@ class TimmBackbone:
         for name in (classifier,) if isinstance(classifier, str) else classifier:
             state.pop(f"{name}.weight", None)
             state.pop(f"{name}.bias", None)
-        _fill(model, state, self.label, self.weights)
+        fill(model, state, self.label, Path(self.weights))
         return TimmTower(model, self.label).to(device).eval()
 
 
@@ -314,15 +314,8 @@ def _built(source: ClipSource) -> nn.Module:
         with quiet():
             bare = open_clip.create_model(source.spec, load_weights=False, pretrained_text=False)
         state = convert_state_dict(bare, dict(read_checkpoint(source.weights).tensors))
-        _fill(bare, state, source.label, source.weights)
+        fill(bare, state, source.label, Path(source.weights))
         raise
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor], label: str, weights: str) -> None:
-    try:
-        fill(model, state, label, Path(weights))
-    except PairmillError as error:  # which speaks of `extract regions`
-        raise PairmillError(str(error).replace("Pass the detector", "Pass the backbone")) from None
 
 
 def _adapted(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

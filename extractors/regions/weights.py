@@ -45,7 +45,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Path) -
     }
     if any(complaints.values()):
         told = "; ".join(f"{len(v)} {what}: {first_names(v)}" for what, v in complaints.items() if v)
-        raise PairmillError(f"`{path}` does not fit `{name}`: {told}. Pass the detector that the file was made for.")
+        raise PairmillError(f"`{path}` does not fit `{name}`: {told}. Pass the model that the file was made for.")
     model.load_state_dict(theirs, strict=False)
 
 
@@ -54,7 +54,7 @@ def require(state: Mapping[str, Tensor], key: str, name: str, path: Path) -> Ten
     if key not in state:
         raise PairmillError(
             f"`{path}` does not fit `{name}`: it has no `{key}`; its first names are {first_names(list(state))}. "
-            "Pass the detector that the file was made for."
+            "Pass the model that the file was made for."
         )
     return state[key]
 

@@ -332,13 +332,13 @@ def test_weights_of_another_architecture_name_what_does_not_fit(
         ("test_vit", "test_resnet", "cls_token, pos_embed", "bn1.bias"),
         ("tiny_swin", "test_vit", "patch_embed.norm.weight, patch_embed.norm.bias", "blocks.0.attn.proj.bias"),
     ):
-        with pytest.raises(PairmillError, match=r"Pass the backbone that the file was made for") as error:
+        with pytest.raises(PairmillError, match=r"Pass the model that the file was made for") as error:
             run(dataset, backbone=f"timm:{name}", weights=str(weights[other]))
         assert f"missing: {missing}" in str(error.value)
         assert f"unexpected: {unexpected}" in str(error.value)
     folder = save_clip(tmp_path / "clip", vision_cfg=VIT)
     save_file(read_checkpoint(weights["resnet"]).tensors, folder / "model.safetensors")
-    with pytest.raises(PairmillError, match=r"Pass the backbone that the file was made for") as error:
+    with pytest.raises(PairmillError, match=r"Pass the model that the file was made for") as error:
         run(dataset, backbone=f"clip:local-dir:{folder}")
     assert "missing: visual.class_embedding, visual.positional_embedding" in str(error.value)
     assert "unexpected: visual.attnpool.c_proj.bias" in str(error.value)
