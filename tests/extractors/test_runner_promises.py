@@ -80,7 +80,7 @@ def run(clip: str) -> Run:
         workers = {"device": "cpu", **workers, "name": "made"}
         if kind == "clip":
             return score_clip(dataset, ClipScoreConfig(model=clip, **workers))
-        return extract_regions(dataset, RegionsConfig(**{"size": 64, "proposals": 12, **workers}))
+        return extract_regions(dataset, RegionsConfig(**{"size": 32, "proposals": 12, **workers}))
 
     return one
 
