@@ -21,8 +21,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from schemas.errors import PairmillError
+from shards.system import begin_writing
 
 _TMP = ".tmp-"
+_AHEAD_BYTES = 8 << 20  # so much of a file is written before the disk is set to work on it
 _serial = itertools.count()
 
 
@@ -52,6 +54,7 @@ class _Raw(io.RawIOBase):
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._written = self._begun = 0
 
     def writable(self) -> bool:
         return True
@@ -63,6 +66,10 @@ class _Raw(io.RawIOBase):
             if self.fd < 0:
                 return len(view)
             done += _write(self.fd, view[done:])
+        self._written += done
+        if self._written - self._begun >= _AHEAD_BYTES:
+            begin_writing(self.fd, self._begun, self._written - self._begun)
+            self._begun = self._written
         return done
 
     def give_up(self) -> None:

@@ -21,7 +21,7 @@ from shards.dataset import Stage
 from shards.files import check_space
 from shards.hand import RowInHand, read_hand, read_note
 from shards.locks import lock
-from shards.memory import keep_freed_memory
+from shards.system import keep_freed_memory
 
 MOST_TRIES = 20  # how often a shard may wait behind a task that takes its worker down
 # Ctrl-C reaches every process of the terminal's group; this process decides, and closes the workers.

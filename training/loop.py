@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from schemas.errors import PairmillError
 from schemas.events import Emit, Notice, Progress, StageStarted
-from shards.memory import keep_freed_memory
+from shards.system import keep_freed_memory
 from training.batch import Batch
 from training.checkpoint import METRICS, Run
 from training.config import TrainConfig

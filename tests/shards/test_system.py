@@ -1,7 +1,8 @@
-"""Freed memory that stays with the process."""
+"""What is asked of the C library."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from shards.files import atomic_file
+from shards.system import begin_writing
+
 FAULTS = """
 import ctypes, resource, sys
-from shards.memory import keep_freed_memory
+from shards.system import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -40,3 +44,17 @@ def test_a_freed_block_serves_the_next_of_its_size():
 
     assert faults("leave") > 100
     assert faults("keep") < 20
+
+
+def test_bytes_under_way_are_the_bytes_in_the_end(tmp_path, monkeypatch):
+    """Large files are handed to the disk while they are written, each byte once; a refusal changes nothing."""
+    asked = []
+    monkeypatch.setattr("shards.files.begin_writing", lambda fd, start, length: asked.append((start, length)))
+    data = os.urandom(5 << 20)
+    with atomic_file(tmp_path / "large") as stream:
+        for _ in range(5):
+            stream.write(data)
+    assert (tmp_path / "large").read_bytes() == 5 * data
+    assert len(asked) >= 2
+    assert all(start + length == after for (start, length), (after, _) in itertools.pairwise(asked))
+    assert begin_writing(-1, 0, 10) is None
