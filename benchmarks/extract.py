@@ -82,7 +82,7 @@ class Sizes:
     rcnn_px: int
 
 
-FULL = Sizes(512, {"cpu": 128, "cuda": 2048}, {"cpu": 8, "cuda": 256}, {"cpu": 4, "cuda": 16}, 64, 128, 600)
+FULL = Sizes(1024, {"cpu": 128, "cuda": 2048}, {"cpu": 8, "cuda": 256}, {"cpu": 4, "cuda": 16}, 64, 128, 600)
 QUICK = Sizes(6, {"cpu": 4, "cuda": 4}, {"cpu": 2, "cuda": 2}, {"cpu": 2, "cuda": 2}, 8, 64, 64)
 
 
@@ -166,7 +166,7 @@ def check_patches(stage: Stage, config: PatchesConfig) -> None:
 def measure_patches(folder: Path, sizes: Sizes, rounds: int) -> Found:
     """Both layouts at 384 px, whole stages; every image is in the page cache, files are written through it."""
     found = Found()
-    dataset = make_pairs(folder / "patches", [sizes.patches // 2] * 2)
+    dataset = make_pairs(folder / "patches", [sizes.patches])
     for layout in ("vilt", "square"):
         config = PatchesConfig(name=NAME, layout=layout, workers=0)
         stage = Stage(dataset, extract_patches, config)

@@ -34,7 +34,7 @@ from shards.reader import group_rows, row_groups
 Row = dict[str, Any]
 Rows = list[tuple[int, Row]]  # row numbers and columns
 Ready = Callable[[], Rows]  # waits until they are there
-AT_ONCE = 16  # rows that go from thread to thread together where there is no device: each wakes up so much less often
+AT_ONCE = 8  # rows that go from thread to thread together where there is no device: each wakes up so much less often
 WINDOW = 16  # batches; a row of a rare shape waits for company no longer than this
 
 
