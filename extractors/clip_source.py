@@ -276,10 +276,14 @@ def _short(error: BaseException, most: int = 160) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """open_clip and the hub tell their own story through logging; ours is in the error or the result."""
-    before = logging.root.manager.disable
+    """open_clip and the hub tell their own story through logging; ours is in the error or the result.
+
+    Their `logging.info` also gives the root logger a handler, through which Dask would talk from then on.
+    """
+    before, handlers = logging.root.manager.disable, logging.root.handlers[:]
     logging.disable(logging.ERROR)
     try:
         yield
     finally:
         logging.disable(before)
+        logging.root.handlers[:] = handlers

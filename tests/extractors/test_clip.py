@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 import extractors.clip_source as clip_source
 from extractors.clip import ClipTokenizer, image_resize, score_clip
-from extractors.clip_source import find_clip
+from extractors.clip_source import find_clip, quiet
 from extractors.config import ClipScoreConfig
 from schemas.errors import PairmillError
 from schemas.events import Event, Notice, StageFinished
@@ -334,3 +335,15 @@ def test_compiled_towers_give_the_same_scores(dataset: Dataset, clip_folder: Pat
     run(other, clip_folder, compile=True)
     ours = [row["clip_score"] or 0 for row in scores(dataset, 2)]
     np.testing.assert_allclose(ours, [row["clip_score"] or 0 for row in scores(other, 2)], atol=1e-5)
+
+
+def test_models_are_built_without_a_word_and_leave_no_handler(capsys):
+    """A handler of the root logger would print Dask's own messages from then on."""
+    before, logging.root.handlers[:] = logging.root.handlers[:], []
+    try:
+        with quiet():
+            logging.info("Loaded ViT-B-32 model config.")
+        assert logging.root.handlers == []
+    finally:
+        logging.root.handlers[:] = before
+    assert capsys.readouterr() == ("", "")
