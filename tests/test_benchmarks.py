@@ -152,9 +152,9 @@ def test_extractors_are_measured_beside_what_they_cannot_do_without():
     result = extract.run(1, quick=True)
     goals = {check.what: check.goal for check in result.checks}
     for layout in ("vilt", "square"):
-        assert goals[f"extract patches, {layout}, share of decode, resize and numpy's writing"] == 0.9
-    for detector in ("torchvision:tiny", "rcnn:FPN"):
-        assert goals[f"extract regions, {detector}, cpu, share of the bare forward's speed"] == 0.95
+        assert goals[f"extract patches, {layout}, share of decode, resize and numpy's writing, flushed"] == 0.9
+    for detector, goal in (("torchvision:tiny", None), ("rcnn:FPN", 0.95)):
+        assert goals[f"extract regions, {detector}, cpu, share of the bare forward's speed"] == goal
     assert all(value > 0 for value in result.medians.values())
     skipped = any("DefaultPredictor" in note for note in result.notes)
     assert skipped is ("extract regions, rcnn:FPN, cpu, times DefaultPredictor" not in goals)
