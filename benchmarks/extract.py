@@ -156,6 +156,15 @@ def write_plainly(dataset: Dataset, config: PatchesConfig, folder: Path, flush: 
                     os.fsync(out.fileno())
 
 
+def seconds_from_clean(stage: Stage, folder: Path, run: Callable[[], None]) -> float:
+    """Of a run that begins on an idle disk and without files: neither side pays for the run before."""
+    stage.clear()
+    for file in folder.glob("*.raw"):
+        file.unlink()
+    os.sync()
+    return timed(run)()
+
+
 def check_patches(stage: Stage, config: PatchesConfig) -> None:
     """The stage's patches are the plain side's pixels."""
     rows = stage.rows()
@@ -178,16 +187,8 @@ def measure_patches(folder: Path, sizes: Sizes, rounds: int) -> Found:
             "decode, resize, numpy": partial(plainly, flush=False),
             "decode, resize, numpy, flushed": partial(plainly, flush=True),
         }
-
-        def seconds(run: Callable[[], None]) -> float:
-            """Of a run that begins on an idle disk and without files: neither pays for the one before."""
-            stage.clear()  # noqa: B023
-            for file in folder.glob("*.raw"):
-                file.unlink()
-            os.sync()
-            return timed(run)()
-
-        middle = medians({name: partial(seconds, one) for name, one in runs.items()}, rounds)
+        begun_clean = partial(seconds_from_clean, stage, folder)
+        middle = medians({name: partial(begun_clean, one) for name, one in runs.items()}, rounds)
         found.rates |= {f"{name}, {layout}, rows/s": sizes.patches / seconds for name, seconds in middle.items()}
         share = {name: seconds / middle["extract patches"] for name, seconds in middle.items()}
         told = f"extract patches, {layout}, share of decode, resize and numpy's writing"

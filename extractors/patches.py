@@ -1,5 +1,5 @@
 """Pixel patches: an image resized for ViLT or cropped square, cut into uint8 patches. Training reads them without a
-JPEG decoder; what they cost on disk is in docs/formats.md.
+JPEG decoder; what they cost on disk is in docs/scale.md.
 """
 
 from __future__ import annotations

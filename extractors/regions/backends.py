@@ -10,8 +10,18 @@ from schemas.errors import PairmillError
 def load_detector(config: RegionsConfig) -> Detector:
     """The detector that the configuration names, on the CPU.
 
-    Raises PairmillError: an unknown backend, or what the backend itself finds wrong with name and weights.
+    Raises PairmillError: an unknown backend, what the backend itself finds wrong with name and weights, or fewer
+    classes than are to be stored.
     """
+    detector = _load(config)
+    if config.top_classes > len(detector.classes):
+        raise PairmillError(
+            f"`--cls-probs {config.cls_probs}`: `{config.detector}` knows {len(detector.classes)} classes only."
+        )
+    return detector
+
+
+def _load(config: RegionsConfig) -> Detector:
     backend, _, name = config.detector.partition(":")
     if backend == "torchvision" and name:
         from extractors.regions.torchvision import TorchvisionDetector

@@ -18,8 +18,9 @@ from torch import Tensor
 from extractors.regions.config import RegionsConfig
 from extractors.regions.protocol import Proposals
 from extractors.regions.rcnn import ANCHORS, clip_boxes
-from extractors.regions.weights import file_digest, fill, first_names, given_file, require, vocabulary
+from extractors.regions.weights import fill, first_names, given_file, require, vocabulary
 from schemas.errors import PairmillError, suggest
+from shards.files import hash_file
 from shards.weights import read_checkpoint
 
 INSTALL = "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
@@ -51,15 +52,11 @@ class Detectron2Detector:
         self.model = build_network(cfg, config.detector).eval()
         load_weights(self.model, path, config.detector)
         self.classes = class_names(cfg, path)
-        if config.top_classes > len(self.classes):
-            raise PairmillError(
-                f"`--cls-probs {config.cls_probs}`: `{config.detector}` knows {len(self.classes)} classes only."
-            )
         self.feature_dim = int(self.model.roi_heads.box_predictor.cls_score.in_features)
         self._shorter, self._longer = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self._bgr = cfg.INPUT.FORMAT == "BGR"
         settings = hashlib.sha256(f"{cfg.INPUT.FORMAT}\n{cfg.MODEL.dump()}".encode()).hexdigest()[:16]
-        self.fingerprint = f"{config.detector}:{file_digest(path)}:{self._shorter}x{self._longer}:{settings}"
+        self.fingerprint = f"{config.detector}:{hash_file(path)}:{self._shorter}x{self._longer}:{settings}"
 
     def to(self, device: torch.device | str) -> Detectron2Detector:
         """Move the weights; returns self."""

@@ -349,9 +349,8 @@ class FasterRcnn(nn.Module):
 
     def describe(self, maps: Sequence[Tensor], boxes: Tensor) -> Described:
         """Features and predictions of one image's boxes [R, 4], R may be 0. maps [1, C, h, w]."""
-        maps = [
-            one.float().contiguous() for one in maps
-        ]  # boxes take their maps' type: in fp16 they would move by 0.5 px
+        # Boxes take their maps' type: in fp16 they would move by 0.5 px.
+        maps = [one.float().contiguous() for one in maps]
         parts = [self.features(self.pool(maps, rows)) for rows in boxes.split(_ROIS_AT_ONCE[self.kind])]
         features = torch.cat(parts).float()
         with torch.autocast(features.device.type, enabled=False):

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from extractors.regions.config import RegionsConfig
 from extractors.regions.protocol import Proposals
 from extractors.regions.rcnn import ANCHORS, Described, FasterRcnn, Rules, clip_boxes
-from extractors.regions.weights import file_digest, fill, given_file, require, vocabulary
+from extractors.regions.weights import fill, given_file, require, vocabulary
 from schemas.errors import PairmillError
+from shards.files import hash_file
 from shards.weights import read_checkpoint
 
 _FPN_SIDES, _LEAST_SIDE = 32, 4  # px
@@ -57,13 +58,9 @@ class RcnnDetector:
         if "roi_heads.box_predictor.attr_score.weight" in state:
             count = len(state["roi_heads.box_predictor.attr_score.weight"]) - 1
             self.attributes = names(path, "attributes", count) or tuple(f"attribute_{i}" for i in range(count))
-        if config.top_classes > len(self.classes):
-            raise PairmillError(
-                f"`--cls-probs {config.cls_probs}`: `{config.detector}` knows {len(self.classes)} classes only."
-            )
         self.feature_dim = self.model.feature_dim
         self.fingerprint = (
-            f"{config.detector}:{file_digest(path)}:{rules.shorter}x{rules.longer}:{rules.resize}:{rules.proposals}"
+            f"{config.detector}:{hash_file(path)}:{rules.shorter}x{rules.longer}:{rules.resize}:{rules.proposals}"
         )
 
     def to(self, device: torch.device | str) -> RcnnDetector:

@@ -19,8 +19,9 @@ from torchvision.ops import clip_boxes_to_image
 from extractors.regions.config import RegionsConfig
 from extractors.regions.protocol import Proposals
 from extractors.regions.tiny import TRAINED_PX, build_tiny
-from extractors.regions.weights import file_digest, fill, require, vocabulary
+from extractors.regions.weights import fill, require, vocabulary
 from schemas.errors import PairmillError, suggest
+from shards.files import hash_file
 from shards.weights import read_checkpoint
 
 NAMES = (
@@ -59,13 +60,9 @@ class TorchvisionDetector:
                 f"{suggest(name, (TINY, *NAMES))} Known: {', '.join((TINY, *NAMES))}."
             )
         path = weights_file(name, config.weights)
-        digest = file_digest(path)
+        digest = hash_file(path)
         self.model = _load(name, path, digest, config).eval()
         self.classes = _class_names(self.model, path)
-        if config.top_classes > len(self.classes):
-            raise PairmillError(
-                f"`--cls-probs {config.cls_probs}`: `{config.detector}` knows {len(self.classes)} classes only."
-            )
         with torch.inference_mode():
             pooled = self._fix_scales()
         self.feature_dim = int(pooled.shape[1])

@@ -1,8 +1,7 @@
-"""What detectors share about their weights: the file, its hash, names that fit or not, names of classes."""
+"""What detectors share about their weights: the file, names that fit or not, names of classes."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,12 +22,6 @@ def given_file(detector: str, weights: str | None, where: str) -> Path:
     if not path.is_file():
         raise PairmillError(f"`--weights {weights}`: no such file.")
     return path
-
-
-def file_digest(path: Path) -> str:
-    """sha256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Path) -> None:

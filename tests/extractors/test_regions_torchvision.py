@@ -224,7 +224,7 @@ def test_class_names_beside_the_weights(weights, tmp_path):
 
 def _fails(message, **values):
     with pytest.raises(PairmillError, match=message):
-        TorchvisionDetector(RegionsConfig(**values))
+        load_detector(RegionsConfig(**values))
 
 
 @pytest.mark.parametrize("detector", ["torchvision", "detectron:x", ""])
