@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 from schemas.errors import PairmillError
+from shards.files import hash_file
 
 
 def file_hash(path: str) -> str:
     """sha256 of a file's bytes, hex. Raises PairmillError where it cannot be read."""
     try:
-        with Path(path).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hash_file(path)
     except OSError as error:
         raise PairmillError(f"{path} cannot be read: {error.strerror}.") from None
 
