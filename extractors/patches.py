@@ -21,7 +21,7 @@ from schemas.events import Emit, StageFinished, silent
 from schemas.features import patch_fields
 from shards.dataset import Dataset
 from shards.images import ImageError
-from shards.transforms import patchify, resize_clip, resize_vilt
+from shards.transforms import patch_cells, resize_clip, resize_vilt
 
 # Resizing the shorter side of a stripe 200 times as long as wide makes an image of some hundred MB.
 MOST_ASPECT = 200
@@ -41,15 +41,17 @@ class PatchPreparer:
     config: PatchesConfig
 
     def prepare(self, rgb: np.ndarray, row: Row) -> Item:
-        """uint8 [H, W, 3] -> patches uint8 [N, P * P * 3] in raster order, N = rows x cols.
+        """uint8 [H, W, 3] -> patches uint8, a view [rows, cols, P, P * 3] of the resized image: the writer's copy of it
+        into a column, [N, P * P * 3] in raster order with N = rows x cols, is the only one.
 
         Raises ImageError: bad_aspect.
         """
         check_aspect(rgb)
         size, patch = self.config.size, self.config.patch
         image = resize_vilt(rgb, size, patch) if self.config.layout == "vilt" else resize_clip(rgb, size)
-        rows, cols = image.shape[0] // patch, image.shape[1] // patch
-        return {"rows": rows, "cols": cols, "num_patches": rows * cols, "patches": patchify(image, patch)}
+        cells = patch_cells(image, patch)
+        rows, cols = cells.shape[:2]
+        return {"rows": rows, "cols": cols, "num_patches": rows * cols, "patches": cells}
 
 
 @dataclass(frozen=True)

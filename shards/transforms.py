@@ -135,16 +135,25 @@ def flip(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[:, ::-1])
 
 
-def patchify(image: Array, patch: int) -> Array:
-    """Cut into patches: [..., H, W, 3] -> [..., N, P * P * 3], N = H/P * W/P, both in raster order.
+def patch_cells(image: Array, patch: int) -> Array:
+    """A view of the patches in place: [..., H, W, 3] -> [..., H/P, W/P, P, P * 3].
 
     Array or tensor of any dtype. Raises ValueError where a side is no multiple of `patch`.
     """
     *lead, height, width, channels = image.shape
     if patch < 1 or height < patch or width < patch or height % patch or width % patch:
         raise ValueError(f"{width} x {height} px cannot be cut into patches of {patch} x {patch}")
-    cells = image.reshape(*lead, height // patch, patch, width // patch, patch, channels).swapaxes(-4, -3)
-    return cells.reshape(*lead, (height // patch) * (width // patch), patch * patch * channels)
+    return image.reshape(*lead, height // patch, patch, width // patch, patch * channels).swapaxes(-3, -2)
+
+
+def patchify(image: Array, patch: int) -> Array:
+    """Cut into patches: [..., H, W, 3] -> [..., N, P * P * 3], N = H/P * W/P, both in raster order.
+
+    Array or tensor of any dtype. Raises ValueError where a side is no multiple of `patch`.
+    """
+    cells = patch_cells(image, patch)
+    *lead, rows, columns, _, width = cells.shape
+    return cells.reshape(*lead, rows * columns, patch * width)
 
 
 def unpatchify(patches: Array, rows: int, columns: int, patch: int) -> Array:

@@ -77,7 +77,7 @@ class TorchvisionDetector:
 
     def prepare(self, rgb: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> uint8 [3, H, W]: torchvision resizes on the device."""
-        return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+        return torch.from_numpy(rgb.transpose(2, 0, 1).copy("C"))
 
     def propose(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Proposals]:
         """Boxes of the region proposal network. images: uint8 [3, H, W] RGB, any sizes."""
