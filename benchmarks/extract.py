@@ -3,9 +3,7 @@
 `extract patches` beside decode, resize and numpy's own writing of the same bytes. `extract regions` beside its detector
 on tensors that lie ready, and, where detectron2 is installed, beside its `DefaultPredictor`, an image at a time, with
 the same weights. Reading patch tensors into training beside decoding and resizing the JPEGs they came from. On the CPU,
-and on a CUDA device where there is one. `score clip` has a benchmark of its own.
-
-    python -m benchmarks.extract    # what a row costs: milliseconds of one core, bytes on disk (docs/scale.md)
+and on a CUDA device where there is one. `score clip` has its own benchmark; `costs.py` tells what a row of each costs.
 """
 
 from __future__ import annotations
@@ -24,32 +22,24 @@ from typing import Any
 
 import cv2
 import numpy as np
-import open_clip
 import torch
 from torch import Tensor
 
-from benchmarks.clip_score import MODEL, TINY, random_clip
 from benchmarks.compare import Check, Result, medians, timed
 from benchmarks.make_pairs import make_pairs
 from benchmarks.training_input import COUNT, WORKERS, Characters, Counting
-from extractors.clip import STATE, ClipLoader
-from extractors.clip_source import find_clip
-from extractors.config import ExtractorConfig, GridConfig, PatchesConfig
+from extractors.config import ExtractorConfig, PatchesConfig
 from extractors.device import Device, resolve_precision
-from extractors.flow import ExtractWork, Settings, forget_model, torch_threads
-from extractors.grid import GridLoader
-from extractors.patches import PatchLoader, extract_patches
+from extractors.flow import torch_threads
+from extractors.patches import extract_patches
 from extractors.pipeline import map_ahead
-from extractors.protocol import Loader
 from extractors.regions.backends import load_detector
 from extractors.regions.config import RegionsConfig
-from extractors.regions.extractor import RegionLoader, extract_regions
+from extractors.regions.extractor import extract_regions
 from extractors.regions.protocol import Proposals
 from extractors.regions.selection import rows_from_proposals
-from extractors.resume import Outputs, wanted
 from schemas.events import Event, ShardDone, StageFinished
 from shards.dataset import PAIRS, Dataset
-from shards.hand import RowInHand
 from shards.images import decode_rgb
 from shards.parallel import threads_per_worker
 from shards.reader import MappedShard, row_groups
@@ -473,44 +463,3 @@ def run(rounds: int, quick: bool) -> Result:
         ["pairmill", "torch", "torchvision", "numpy", "pillow", "pyarrow", *([PEER] if peer else [])],
         notes,
     )
-
-
-def cost(dataset: Dataset, loader: Loader, batch: int, scores: bool = False) -> tuple[float, float]:
-    """(seconds of one core, bytes) of a row of the last shard, with one thread on the CPU; the shard before loads."""
-    outputs = Outputs(dataset, f"features/{NAME}", f"scores/{NAME}" if scores else None, STATE)
-    work = ExtractWork(outputs, loader, Settings("cpu", "fp32", batch, 1, True), wanted(dataset, None))
-    seconds = 0.0
-    for stage in outputs.stages:  # rows that stand would be copied
-        shutil.rmtree(Path(dataset.url, stage.path), ignore_errors=True)
-    for shard in range(dataset.num_shards):
-        start = time.process_time()
-        work(shard, RowInHand(None))
-        seconds = time.process_time() - start
-    forget_model()
-    rows = dataset.manifest.shards[-1]
-    files = [Path(dataset.url, stage.file(dataset.num_shards - 1)) for stage in outputs.stages]
-    return seconds / rows, sum(file.stat().st_size for file in files) / rows
-
-
-def costs(folder: Path, quick: bool) -> dict[str, tuple[float, float]]:
-    """`cost` of every extractor by name; the detectors of our own parts see one picture. The JPEGs have 512x384 px."""
-    rows, width, model = (2, 8, TINY) if quick else (32, 64, open_clip.get_model_config(MODEL))
-    few, many = make_pairs(folder / "few", [1, 1]), make_pairs(folder / "many", [1, rows])
-    clip = random_clip(folder / "clip", model)
-    found = {"score clip, ViT-B/32": cost(many, ClipLoader(find_clip(clip, None), True, False), 16, scores=True)}
-    grid = GridLoader.of(GridConfig(backbone=f"clip:{clip}"))
-    found["extract grid, CLIP's ViT-B/32"] = cost(many, grid, 16)
-    for layout in ("vilt", "square"):
-        found[f"extract patches, {layout}, 384 px"] = cost(many, PatchLoader(PatchesConfig(layout=layout)), 0)
-    found["extract regions, torchvision:tiny"] = cost(many, RegionLoader.of(RegionsConfig()), 4)
-    for kind in ("FPN", "C4"):
-        path = str(random_rcnn(folder / "rcnn.pth", kind, width))
-        config = RegionsConfig(detector=f"rcnn:{kind}", weights=path, min_boxes=36, max_boxes=36)
-        found[f"extract regions, rcnn:{kind}, 36 boxes"] = cost(few, RegionLoader.of(config), 2)
-    return found
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, (seconds, size) in costs(Path(scratch), quick=False).items():
-            print(f"{name:40}{1000 * seconds:>12,.1f} ms{size:>12,.0f} bytes")

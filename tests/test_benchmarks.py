@@ -15,6 +15,7 @@ from benchmarks import (
     cli_help,
     clip_score,
     compare,
+    costs,
     curation_quality,
     download,
     extract,
@@ -183,7 +184,7 @@ def test_extracted_rows_that_are_not_the_plain_ones_are_not_timed(tmp_path):
 
 
 def test_the_cost_of_a_row_is_told_for_every_extractor(tmp_path):
-    found = extract.costs(tmp_path, quick=True)
+    found = costs.costs(tmp_path, quick=True)
     assert all(seconds > 0 for seconds, _ in found.values())
     sizes = {name: size for name, (_, size) in found.items()}
     assert 384 * 512 * 3 <= sizes["extract patches, vilt, 384 px"] < 384 * 512 * 3 + 2000
@@ -191,6 +192,13 @@ def test_the_cost_of_a_row_is_told_for_every_extractor(tmp_path):
     for name in ("torchvision:tiny", "rcnn:FPN, 36 boxes", "rcnn:C4, 36 boxes"):
         assert sizes[f"extract regions, {name}"] > 1000
     assert len(sizes) == 7
+
+
+def test_the_cost_of_reading_is_told_for_patches_and_jpegs(tmp_path):
+    found = costs.reading(tmp_path, quick=True)
+    assert list(found) == ["JPEGs", "patch tensors"]
+    assert all(core > 0 and passed > 0 for core, passed, _ in found.values())
+    assert found["patch tensors"][2] > 384 * 512 * 3 > found["JPEGs"][2]
 
 
 @pytest.mark.parametrize("kind", ["C4", "FPN"])
