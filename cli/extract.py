@@ -71,9 +71,11 @@ def draw_regions(
     name: Annotated[str, typer.Option(help="The feature set.")] = "regions",
     min_conf: Annotated[float, typer.Option(help="Draw boxes from this confidence on, 0 to 1.")] = 0.3,
 ) -> int:
-    """Draw the boxes of one image with their names and confidences."""
+    """Draw the boxes of one image with their names and confidences: the 24 most confident; of boxes of one name that
+    overlap by more than half, one.
+    """
     from extractors.regions.picture import draw_row
 
     count = draw_row(dataset, row, name, output, min_conf)
-    typer.echo(f"{output}: {count} boxes of row {row}")
+    typer.echo(f"{output}: row {row} has {count} boxes of confidence {min_conf:g} or more")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,10 @@ class RegionLoader:
 
     @property
     def versions(self) -> dict[str, str]:
-        return {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        found = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        if self.config.detector.startswith("detectron2:"):
+            found["detectron2"] = version("detectron2")
+        return found
 
     @property
     def bytes_per_row(self) -> int:

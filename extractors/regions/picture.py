@@ -37,7 +37,7 @@ def row_picture(dataset: Dataset, shard: int, row: int, name: str, min_confidenc
 
 
 def draw_row(url: str, row: str, name: str, output: Path, min_confidence: float) -> int:
-    """Writes the picture of row `N` or `S:N` as a PNG; how many boxes are confident enough to be drawn."""
+    """Writes the picture of row `N` or `S:N` as a PNG; how many boxes are that confident."""
     dataset = Dataset.open(url)
     shard, number = dataset.locate(row)
     picture, count = row_picture(dataset, shard, number, name, min_confidence)

@@ -199,7 +199,9 @@ def test_extraction_stores_regions_with_the_names_of_the_data(tmp_path):
     weights = settled(tmp_path, yaml)
     dataset = make_dataset(tmp_path / "ds", shards=1, rows=2)
     extract_regions(dataset, config(yaml, weights, workers=0, min_boxes=3, max_boxes=9))
-    mapped = MappedShard(dataset.folder, dataset.stage("features/regions").file(0))
+    stage = dataset.stage("features/regions")
+    assert stage.sidecar().versions["detectron2"]
+    mapped = MappedShard(dataset.folder, stage.file(0))
     assert mapped.row(0)["state"] == "ok"
     assert 3 <= mapped.row(0)["num_boxes"] <= 9
     assert b"bicycle" in mapped.schema.metadata[b"pairmill.about"]
