@@ -13,10 +13,12 @@ import pytest
 
 from shards.dataset import Dataset
 from shards.files import is_temporary
+from shards.reader import MappedShard
 from tests.atomic_stages import untimed
 from tests.atomicity import tree
 from tests.curation.loopback import loopback
 from tests.downstream.runs import make_run, make_taskset
+from tests.extractors.imports import written
 from tests.extractors.tiny_clip import save_clip
 from tests.kills import Command, run_killed
 from tests.make import make_dataset, picture
@@ -96,6 +98,41 @@ def test_extract(tmp_path, copies, words, features):
     assert run_killed([*words, str(killed)], tmp_path / "log", files, moments(2, SHARDS)) == KILLS
     Command([*words, str(whole)], tmp_path / "log").finish()
     assert tree(killed) == tree(whole)
+
+
+def test_extract_grid(tmp_path, copies):
+    killed, whole = copies
+    words = ["extract", "grid", "--backbone", f"clip:local-dir:{save_clip(tmp_path / 'clip')}"]
+    files = files_in(killed / "features/grid")
+    assert run_killed([*words, str(killed)], tmp_path / "log", files, moments(5, SHARDS)) == KILLS
+    Command([*words, str(whole)], tmp_path / "log").finish()
+    assert tree(killed) == tree(whole)
+
+
+def test_import_and_export_features(tmp_path, copies):
+    """A TSV into the dataset, and the dataset into an LMDB, which is whole or absent."""
+    killed, whole = copies
+    source = Dataset.open(whole)
+    lines = (written.lxmert(str(i), written.regions(i, 400, (400, 300))) for i in range(len(source)))
+    (tmp_path / "f.tsv").write_text("".join(lines))
+    words = ["import-features", "tsv", str(tmp_path / "f.tsv")]
+    files = files_in(killed / "features/regions")
+    assert run_killed([*words, str(killed)], tmp_path / "log", files, moments(6, SHARDS)) == KILLS
+    Command([*words, str(whole)], tmp_path / "log").finish()
+    assert tree(killed) == tree(whole)
+    states = MappedShard(source.folder, source.stage("features/regions").file(1)).states()
+    assert states == ["ok"] * 4
+
+    words = ["export-features", "uniter-lmdb", str(whole), "-o"]
+    told = tmp_path / "killed.lmdb"
+
+    def begun():
+        return len(list(tmp_path.glob("*killed.lmdb*")))
+
+    assert run_killed([*words, str(told)], tmp_path / "log", begun, (1, 1, 1)) == KILLS
+    Command([*words, str(tmp_path / "whole.lmdb")], tmp_path / "log").finish()
+    assert tree(told) == tree(tmp_path / "whole.lmdb")
+    assert not [p.name for p in tmp_path.iterdir() if is_temporary(p.name)]
 
 
 def test_extract_in_a_copy_taken_in_mid_run(tmp_path, copies):

@@ -85,6 +85,7 @@ def export_features(
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear(target)
+    _clear(mark_file)
     with atomic_file(mark_file) as stream:
         stream.write(mark)
     emit(StageStarted(_STAGE, 0, 0, len(source)))
