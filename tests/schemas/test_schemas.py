@@ -193,10 +193,21 @@ def test_blobs_that_do_not_fit_their_shape_are_damaged():
 
 
 @pytest.mark.parametrize("rows", [[], [None], [None, None], [(2, 3), None, (0, 3), (1, 3)], [(1, 3)] * 9])
-def test_many_rows_make_the_column_that_single_rows_make(rows):
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda a: a,
+        lambda a: a.astype(np.float16),
+        lambda a: np.asfortranarray(a.astype(np.float16)),
+        lambda a: np.repeat(a.astype(np.float16), 2, axis=0)[::2],
+        lambda a: np.repeat(a.astype(np.float16), 2, axis=0).reshape(len(a), 2, 3)[:, 0, None],
+    ],
+    ids=["float64", "float16", "columns", "every second", "cells"],
+)
+def test_many_rows_make_the_column_that_single_rows_make(rows, stored):
     field = blob_tensor("x", "float16", ["n", 3])
     rng = np.random.default_rng(0)
-    arrays = [None if shape is None else rng.random((3, shape[0])).astype(np.float64).T for shape in rows]
+    arrays = [None if shape is None else stored(rng.random(shape)) for shape in rows]
     column = arrays_to_blobs(arrays, field)
     column.validate(full=True)
     assert column.equals(pa.array([None if a is None else to_blob(a, field) for a in arrays], pa.large_binary()))
