@@ -114,7 +114,7 @@ def _clear(target: Path) -> None:
 
 
 def _images(dataset: Dataset, config: ExportFeaturesConfig, emit: Emit) -> Iterator[Image]:
-    """Rows that are ok, in order, each name once; memory holds 8 bytes a name in blocks, and a shard's map."""
+    """Rows that are ok, in order, each name once; memory holds a hash of every name, and a shard's map."""
     stage, pairs = dataset.stage(f"features/{config.name}"), dataset.stage(PAIRS)
     seen: set[int] = set()
     repeated = done = 0
