@@ -58,10 +58,13 @@ def build_config(cls: type[C], values: dict[str, Any], where: str) -> C:
         lines = []
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
+            own = item.get("ctx", {}).get("error")  # of one of our own validators
             if item["type"] == "extra_forbidden":
                 lines.append(f"unknown key `{name}`.{suggest(name, cls.model_fields)}")
+            elif own and not isinstance(item["input"], str | int | float):  # fields together: it names them
+                lines.append(f"`{name}`: {own}." if name else f"{own}.")
             else:
-                lines.append(f"`{name}`: {item['msg']}, got {item['input']!r}.")
+                lines.append(f"`{name}`: {own or item['msg']}, got {item['input']!r}.")
         raise PairmillError(f"{where}: " + " ".join(lines)) from None
 
 

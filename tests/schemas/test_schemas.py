@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import field_validator, model_validator
 
 from schemas.config import ShardStage, StageConfig, build_config, execution, fingerprint, identity
 from schemas.errors import PairmillError, suggest
@@ -133,6 +134,40 @@ def test_wrong_configurations_say_what_is_wrong():
     assert "`size`: Input should be greater than or equal to 1, got 0." in text
     assert build_config(Toy, {"size": 5}, "").size == 5
     assert issubclass(Toy, StageConfig)
+
+
+class Pair(StageConfig):
+    low: int = identity(0, "a number")
+    high: int = identity(1, "a larger one")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Pair:
+        if self.low > self.high:
+            raise ValueError(f"`low` {self.low} is above `high` {self.high}")
+        return self
+
+    @field_validator("high")
+    @classmethod
+    def _not_seven(cls, value: int) -> int:
+        if value == 7:
+            raise ValueError("must not be unlucky")
+        return value
+
+
+class Outer(StageConfig):
+    pair: Pair = identity(Pair(), "two numbers")
+
+
+def test_fields_that_do_not_go_together_are_told_in_our_own_words():
+    with pytest.raises(PairmillError) as caught:
+        build_config(Pair, {"low": 3}, "toy")
+    assert str(caught.value) == "toy: `low` 3 is above `high` 1."
+    with pytest.raises(PairmillError) as caught:
+        build_config(Outer, {"pair": {"low": 3}}, "toy")
+    assert str(caught.value) == "toy: `pair`: `low` 3 is above `high` 1."
+    with pytest.raises(PairmillError) as caught:
+        build_config(Pair, {"high": 7}, "toy")
+    assert str(caught.value) == "toy: `high`: must not be unlucky, got 7."
 
 
 def test_suggest():
