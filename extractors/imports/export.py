@@ -16,7 +16,7 @@ import numpy as np
 
 from extractors.imports.config import EXPORTS, ExportFeaturesConfig
 from extractors.imports.databases import need
-from extractors.imports.keys import hash_of, name_of, row_keys
+from extractors.imports.keys import Hashes, hash_of, name_of, row_keys
 from extractors.imports.tsv import BUTD, LXMERT
 from schemas.errors import PairmillError, suggest
 from schemas.events import Emit, Notice, Progress, StageFinished, StageStarted, silent
@@ -59,7 +59,7 @@ def export_features(
     beside it tells what it was made from.
 
     Of rows that show one image (one name) the first is written. Raises PairmillError: an unknown format, no such set,
-    no boxes in it, a row without a name, `output` is something else, no lmdb package.
+    no boxes in it, a row without a name or with another image's, `output` is something else, no lmdb package.
     """
     start = time.monotonic()
     if format not in EXPORTS:
@@ -83,6 +83,7 @@ def export_features(
         raise PairmillError(
             f"{source.url} {stage.path}: {len(missing)} shards are not up to date. Run the command that makes them."
         )
+    _check_names(source, config)
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear(target)
     _clear(mark_file)
@@ -111,6 +112,25 @@ def _clear(target: Path) -> None:
     for found in target.parent.iterdir():
         if is_left_over(found.name) and found.name.endswith(f"-{target.name}"):
             shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+
+def _check_names(dataset: Dataset, config: ExportFeaturesConfig) -> None:
+    """Raises PairmillError where one name is that of several images: all but one would be lost."""
+    stage, pairs = dataset.stage(f"features/{config.name}"), dataset.stage(PAIRS)
+    hashes = Hashes()
+    for shard in range(dataset.num_shards):
+        states = MappedShard(dataset.folder, stage.file(shard)).states()
+        images = read_table(dataset.folder, pairs.file(shard), ["sha256"])["sha256"].to_pylist()
+        for key, state, sha256 in zip(row_keys(dataset, shard, config.key), states, images, strict=True):
+            hashes.add(key if state == OK else None, sha256)
+    shared = np.flatnonzero(hashes.shared())
+    if len(shared):
+        shard, row = dataset.locate(str(shared[0]))
+        raise PairmillError(
+            f"{dataset.url}: {len(shared):,} rows have the name of another image, too; the first is row {shard}:{row}, "
+            f"{row_keys(dataset, shard, config.key)[row]}. Nothing written. Give --key COLUMN that tells the images "
+            "apart, such as uid."
+        )
 
 
 def _images(dataset: Dataset, config: ExportFeaturesConfig, emit: Emit) -> Iterator[Image]:

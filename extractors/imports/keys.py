@@ -1,8 +1,9 @@
 """Rows of a dataset and entries of a file of features, joined once by what names the image.
 
 Two rules: `name`, the last part of the key's path without the suffix of a picture or array; `number`, the integer that
-name ends with (COCO_val2014_000000391895 is 391895). A number that stands for several names on one side joins nothing.
-Memory: 32 bytes and the key an entry, 24 bytes a row, and half as much again while they are sorted. Keys are compared
+name ends with (COCO_val2014_000000391895 is 391895). What stands for several images on one side joins nothing: a name
+of two keys whose images differ (1/image.jpg and 2/image.jpg), a number of two names.
+Memory: 48 bytes and the key an entry, 40 bytes a row, and half as much again while they are sorted. Keys are compared
 by 64-bit hashes: among 10 million on each side the chance that two differ and look equal is 5 in a million.
 """
 
@@ -63,28 +64,44 @@ def row_keys(dataset: Dataset, shard: int, column: str | None) -> list[str | Non
 
 
 class Hashes:
-    """The names and numbers of many keys as 64-bit hashes, 16 bytes a key; null is 0."""
+    """The names, numbers and images of many keys as 64-bit hashes, 32 bytes a key; null is 0."""
 
     def __init__(self) -> None:
-        self._names, self._numbers = array("Q"), array("Q")
+        self._names, self._numbers, self._keys, self._images = array("Q"), array("Q"), array("Q"), array("Q")
 
-    def add(self, key: str | None) -> None:
+    def add(self, key: str | None, sha256: bytes | None = None) -> None:
+        """`sha256` of the image where it is known."""
         name = "" if key is None else name_of(key)
         number = number_of(name)
         self._names.append(hash_of(name) if name else 0)
         self._numbers.append(hash_of(number) if number is not None else 0)
+        self._keys.append(hash_of(key) if name and key else 0)
+        self._images.append(int.from_bytes(sha256[:8]) if name and sha256 else self._keys[-1])
+
+    def shared(self) -> np.ndarray:
+        """bool [keys]: those whose name is that of another key and another image, too."""
+        names, keys, images = (np.array(one, np.uint64) for one in (self._names, self._keys, self._images))
+        return (names != 0) & np.isin(names, _several(names, keys)) & np.isin(names, _several(names, images))
 
     def by(self, rule: str) -> np.ndarray:
-        """uint64 of each key under the rule. Numbers that stand for several names are 0."""
-        names = np.frombuffer(self._names, np.uint64) if self._names else np.empty(0, np.uint64)
+        """uint64 of each key under the rule, 0 where it stands for several images."""
+        names = np.array(self._names, np.uint64)
+        several = self.shared()
         if rule == "name":
-            return names
+            return np.where(several, 0, names)
         numbers = np.array(self._numbers, np.uint64)
-        order = np.lexsort((names, numbers))
-        same = numbers[order][1:] == numbers[order][:-1]
-        several = numbers[order][1:][same & (names[order][1:] != names[order][:-1])]
-        numbers[np.isin(numbers, several)] = 0
-        return numbers
+        return np.where(several | np.isin(numbers, _several(numbers, names)), 0, numbers)
+
+    def firsts(self) -> np.ndarray:
+        """Keys that none before equals, int64, in order."""
+        return np.sort(np.unique(np.array(self._keys, np.uint64), return_index=True)[1])
+
+
+def _several(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """The values beside which more than one value of `of` stands."""
+    order = np.lexsort((of, values))
+    values, of = values[order], of[order]
+    return values[1:][(values[1:] == values[:-1]) & (of[1:] != of[:-1])]
 
 
 class Entries:
@@ -111,10 +128,6 @@ class Entries:
         text = self._text[self._ends[at] : self._ends[at + 1]]
         return text.decode("utf-8", "surrogateescape"), self._places[at]
 
-    def firsts(self) -> np.ndarray:
-        """Entries of which none before has the same name, int64, in order."""
-        return np.sort(np.unique(self.hashes.by("name"), return_index=True)[1])
-
 
 @dataclass(frozen=True)
 class Join:
@@ -134,10 +147,10 @@ class Join:
         return np.flatnonzero(self.wanted & (self.entry == NOTHING))
 
     def lonely_entries(self, entries: Entries) -> np.ndarray:
-        """Entries that no row takes; a later entry of a name is the same image's."""
+        """Entries that no row takes; a later entry of a key is the same image's."""
         taken: np.ndarray = np.zeros(len(entries), bool)
         taken[self.entry[self.entry != NOTHING]] = True
-        firsts = entries.firsts()
+        firsts = entries.hashes.firsts()
         return firsts[~taken[firsts]]
 
 

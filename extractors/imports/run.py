@@ -146,10 +146,13 @@ def _join(
     hashes = Hashes()
     wanted: list[bool] = []
     for shard in range(dataset.num_shards):
-        for key in row_keys(dataset, shard, config.key):
-            hashes.add(key)
-        status = read_table(dataset.folder, dataset.stage(PAIRS).file(shard), ["status"])["status"].to_pylist()
-        wanted += [one in (SUCCESS, NO_IMAGE) for one in status]
+        table = read_table(dataset.folder, dataset.stage(PAIRS).file(shard), ["status", "sha256"])
+        pairs = zip(
+            row_keys(dataset, shard, config.key), *(table[n].to_pylist() for n in table.column_names), strict=True
+        )
+        for key, status, sha256 in pairs:
+            wanted.append(status in (SUCCESS, NO_IMAGE))
+            hashes.add(key if wanted[-1] else None, sha256)
     found = join(hashes, np.array(wanted, bool), entries, rules)
     rows, lonely = found.lonely_rows(), found.lonely_entries(entries)
     shown = [_key_at(dataset, int(row), config.key) for row in rows[:_SHOWN]]
@@ -159,6 +162,13 @@ def _join(
         f"({config.key or 'url'}). Rows without an entry: {_some(shown, len(rows))}. "
         f"Entries without a row: {_some([entries[int(i)][0] for i in lonely[:_SHOWN]], len(lonely))}."
     )
+    shared, twice = np.flatnonzero(hashes.shared()), np.flatnonzero(entries.hashes.shared())
+    if len(shared):
+        shown = [_key_at(dataset, int(row), config.key) for row in shared[:_SHOWN]]
+        told += f" Rows whose name is another image's, too, and joins nothing: {_some(shown, len(shared))}."
+    if len(twice):
+        shown = [entries[int(i)][0] for i in twice[:_SHOWN]]
+        told += f" Entries whose name is another's, too, and joins nothing: {_some(shown, len(twice))}."
     if found.share < LEAST_SHARE and not config.allow_missing:
         raise PairmillError(
             f"Only {told} Nothing written. Give --key COLUMN that names the images, or pass --allow-missing."
@@ -345,14 +355,14 @@ def _into_new(
     extra: dict[str, Any],
     emit: Emit,
 ) -> StageFinished:
-    """A dataset of the entries, in the file's order; of several with one name the first. dataset.json is written last.
+    """A dataset of the entries, in the file's order; of several with one key the first. dataset.json is written last.
 
     Raises PairmillError where another dataset stands.
     """
     folder = open_folder(url)
-    firsts = entries.firsts()
+    firsts = entries.hashes.firsts()
     if len(firsts) < len(entries):
-        emit(Notice(f"{len(entries) - len(firsts):,} entries name an image that an earlier one has; the first counts."))
+        emit(Notice(f"{len(entries) - len(firsts):,} entries have a key that an earlier one has; the first counts."))
     whole, rest = divmod(len(firsts), config.shard_rows)
     manifest = new_manifest(config.shard_rows, [config.shard_rows] * whole + [rest] * (rest > 0))
     dataset = Dataset(folder, manifest)

@@ -166,6 +166,23 @@ def test_what_cannot_be_exported(tmp_path, dataset):
         export("tsv", dataset, tmp_path / "x")
 
 
+def test_images_of_one_name_are_not_lost(tmp_path):
+    import pyarrow as pa
+
+    make_dataset(
+        tmp_path / "ds", shards=2, rows=2, carried=[pa.field("place", pa.string())],
+        carry=lambda s, r: {"place": f"{s}{r}/{'image' if r else s}.jpg"},
+    )  # fmt: skip
+    lines = [written.lxmert(f"http://example.com/{i}.jpg", written.regions(i, 2, SIZES[i])) for i in range(4)]
+    (tmp_path / "f.tsv").write_text("".join(lines))
+    run("tsv", tmp_path / "f.tsv", tmp_path / "ds")
+    with pytest.raises(PairmillError, match=r"2 rows have the name of another .* row 0:1, 01/image\.jpg.*such as uid"):
+        export("tsv", tmp_path / "ds", tmp_path / "out.tsv", key="place")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ds", "f.tsv"]
+    export("tsv", tmp_path / "ds", tmp_path / "out.tsv", key="uid")
+    assert len(read_tsv(tmp_path / "out.tsv", LXMERT)) == 4
+
+
 def test_an_image_of_several_rows_is_written_once(tmp_path):
     import pyarrow as pa
 

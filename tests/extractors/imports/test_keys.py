@@ -63,14 +63,19 @@ def test_a_join_is_that_of_two_loops(rows, entries):
             return name_of(key) if rule == "name" else number_of(name_of(key))
 
         def several(keys):
-            names = {v: {name_of(k) for k in keys if value(k) == v} for v in map(value, keys)}
-            return {v for v, own in names.items() if rule == "number" and len(own) > 1}
+            """Values that stand for more than one key by name, or for more than one name by number."""
+            own = {v: {k if rule == "name" else name_of(k) for k in keys if value(k) == v} for v in map(value, keys)}
+            return {v for v, found in own.items() if len(found) > 1}
 
-        bad = several([r for r in rows if r is not None]) | several(entries) | {None}
+        def shared(key, keys):
+            return len({k for k in keys if name_of(k) == name_of(key)}) > 1
+
+        asked = [r for r in rows if r is not None]
+        bad = several(asked) | several(entries) | {None}
         out = []
         for row in rows:
-            want = None if row is None else value(row)
-            same = [i for i, e in enumerate(entries) if value(e) == want]
+            want = None if row is None or shared(row, asked) else value(row)
+            same = [i for i, e in enumerate(entries) if value(e) == want and not shared(e, entries)]
             out.append(same[0] if want not in bad and same else NOTHING)
         return out
 
@@ -82,8 +87,8 @@ def test_a_join_is_that_of_two_loops(rows, entries):
     assert found.rule == ("name" if best is by_name else "number")
     assert found.entry.tolist() == best
     assert found.lonely_rows().tolist() == [i for i, e in enumerate(best) if e == NOTHING and rows[i] is not None]
-    firsts = [i for i, e in enumerate(entries) if name_of(e) not in {name_of(k) for k in entries[:i]}]
-    assert right.firsts().tolist() == firsts
+    firsts = [i for i, e in enumerate(entries) if e not in entries[:i]]
+    assert right.hashes.firsts().tolist() == firsts
     assert found.lonely_entries(right).tolist() == [i for i in firsts if i not in best]
 
 
@@ -91,6 +96,16 @@ def test_a_number_of_two_names_joins_nothing():
     found, _ = joined(["train_5", "val_6"], ["5", "test_6", "other_6"])
     assert found.rule == "number"
     assert found.entry.tolist() == [0, NOTHING]
+
+
+def test_a_name_of_two_images_joins_nothing():
+    left, right = Hashes(), Entries()
+    for key, sha256 in (("1/a.jpg", b"1" * 32), ("2/a.jpg", b"2" * 32), ("1/b.jpg", b"3" * 32), ("2/b.jpg", b"3" * 32)):
+        left.add(key, sha256)
+    for key in ("a", "b"):
+        right.add(key)
+    assert left.shared().tolist() == [True, True, False, False]
+    assert join(left, np.ones(4, bool), right).entry.tolist() == [NOTHING, NOTHING, 1, 1]
 
 
 def write_tsv(path: Path, keys: list[str]) -> Path:
@@ -166,4 +181,33 @@ def test_an_image_that_comes_twice(tmp_path, square):
     assert "Entries without a row: none" in texts(events)
     run("tsv", path, tmp_path / "new", events, new=True)
     assert len(Dataset.open(tmp_path / "new")) == 200
-    assert "2 entries name an image that an earlier one has" in texts(events)
+    assert "2 entries have a key that an earlier one has" in texts(events)
+
+
+def test_images_of_one_name_are_told_and_joined_by_a_column(tmp_path):
+    """Web addresses end in the same file name all the time."""
+    field = pa.field("name", pa.string())
+    make_dataset(
+        tmp_path / "ds", shards=1, rows=8, image=lambda s, r: np.full((8, 8, 3), 9 * (r // 2), np.uint8), kind="png",
+        carried=[field], carry=lambda s, r: {"name": f"http://host/{r}/{'image' if r < 4 else r}.png"},
+    )  # fmt: skip
+    path = write_tsv(tmp_path / "f.tsv", ["image", "4", "5", "6", "7"])
+    with pytest.raises(PairmillError) as error:
+        run("tsv", path, tmp_path / "ds", key="name")
+    assert "Only 4 of 8 rows" in str(error.value)
+    assert "another image's, too, and joins nothing: 4 (http://host/0/image.png, " in str(error.value)
+    events: list = []
+    counts = run("tsv", path, tmp_path / "ds", events, key="name", allow_missing=True).counts
+    assert counts == {"ok": 4, "missing_file": 4}
+
+    make_dataset(tmp_path / "same", shards=1, rows=4, image=lambda s, r: np.zeros((8, 8, 3), np.uint8), kind="png",
+                 carried=[field], carry=lambda s, r: {"name": f"http://host/{r}/image.png"})  # fmt: skip
+    assert run("tsv", path, tmp_path / "same", key="name", allow_missing=True).counts == {"ok": 4}
+
+
+def test_entries_of_one_name_are_told(tmp_path, square):
+    path = write_tsv(tmp_path / "f.tsv", [*(str(i) for i in range(200)), "a/3.jpg"])
+    events: list = []
+    assert run("tsv", path, square, events).counts == {"ok": 199, "missing_file": 1}
+    assert "Entries whose name is another's, too, and joins nothing: 2 (3, a/3.jpg)" in texts(events)
+    assert run("tsv", path, tmp_path / "new", new=True).counts == {"ok": 201}
