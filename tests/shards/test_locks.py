@@ -100,8 +100,12 @@ def test_lease_is_renewed_and_its_loss_is_noticed(store, monkeypatch):
         wait_for(lambda: json.loads(store.read_bytes(NAME))["renewed"] == clock.now)
         assert not lost()
         other = json.dumps({"token": "another", "pid": 1, "host": "h", "since": "s", "renewed": clock.now}).encode()
-        store.write_bytes(NAME, other)
-        wait_for(lost)
+
+        def taken() -> bool:
+            store.write_bytes(NAME, other)  # once more where a renewal, begun before, has overwritten it
+            return lost()
+
+        wait_for(taken)
     assert store.read_bytes(NAME) == other, "the other's lease stays"
 
 
