@@ -79,11 +79,11 @@ def reading(folder: Path, quick: bool) -> dict[str, tuple[float, float, float]]:
     extract_patches(dataset, PatchesConfig(name=NAME, workers=0))
     found = {}
     for name, part in ((IMAGES, PAIRS), (NAME, f"features/{NAME}")):
-        epochs = []
+        epoch, epochs = Epoch(dataset, name, batch), []
         for _ in range(3):
             start, clock = time.process_time(), time.perf_counter()
-            loader = Epoch(dataset, name, batch).loader()
-            for _ in Epoch(dataset, name, batch).batches(loader):
+            loader = epoch.loader()
+            for _ in epoch.batches(loader):
                 pass
             with COUNT:
                 epochs.append(

@@ -16,7 +16,7 @@ import numpy as np
 
 from extractors.imports.config import EXPORTS, ExportFeaturesConfig
 from extractors.imports.databases import need
-from extractors.imports.keys import Hashes, hash_of, name_of, row_keys
+from extractors.imports.keys import Hashes, name_of, row_keys
 from extractors.imports.tsv import BUTD, LXMERT
 from schemas.errors import PairmillError, suggest
 from schemas.events import Emit, Notice, Progress, StageFinished, StageStarted, silent
@@ -83,14 +83,14 @@ def export_features(
         raise PairmillError(
             f"{source.url} {stage.path}: {len(missing)} shards are not up to date. Run the command that makes them."
         )
-    _check_names(source, config)
+    chosen = _chosen(source, config)
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear(target)
     _clear(mark_file)
     with atomic_file(mark_file) as stream:
         stream.write(mark)
     emit(StageStarted(_STAGE, 0, 0, len(source)))
-    images = _images(source, config, emit)
+    images = _images(source, config, chosen, emit)
     written = _write_tsv(target, images, config) if format == "tsv" else _write_lmdb(target, images, config)
     if not written:
         emit(Notice(f"{source.url} {stage.path} has no row that is ok: {target} is empty.", True))
@@ -114,8 +114,11 @@ def _clear(target: Path) -> None:
             shutil.rmtree(found) if found.is_dir() else found.unlink()
 
 
-def _check_names(dataset: Dataset, config: ExportFeaturesConfig) -> None:
-    """Raises PairmillError where one name is that of several images: all but one would be lost."""
+def _chosen(dataset: Dataset, config: ExportFeaturesConfig) -> np.ndarray:
+    """bool [rows]: of the rows that are ok and have a name, the first of each.
+
+    Raises PairmillError where one name is that of several images: all but one would be lost.
+    """
     stage, pairs = dataset.stage(f"features/{config.name}"), dataset.stage(PAIRS)
     hashes = Hashes()
     for shard in range(dataset.num_shards):
@@ -131,12 +134,15 @@ def _check_names(dataset: Dataset, config: ExportFeaturesConfig) -> None:
             f"{row_keys(dataset, shard, config.key)[row]}. Nothing written. Give --key COLUMN that tells the images "
             "apart, such as uid."
         )
+    names = hashes.by("name")
+    chosen: np.ndarray = np.zeros(len(names), bool)
+    chosen[np.unique(names, return_index=True)[1]] = True
+    return chosen & (names != 0)
 
 
-def _images(dataset: Dataset, config: ExportFeaturesConfig, emit: Emit) -> Iterator[Image]:
-    """Rows that are ok, in order, each name once; memory holds a hash of every name, and a shard's map."""
+def _images(dataset: Dataset, config: ExportFeaturesConfig, chosen: np.ndarray, emit: Emit) -> Iterator[Image]:
+    """Rows that are ok, in order, each name once."""
     stage, pairs = dataset.stage(f"features/{config.name}"), dataset.stage(PAIRS)
-    seen: set[int] = set()
     repeated = done = 0
     for shard in range(dataset.num_shards):
         mapped = MappedShard(dataset.folder, stage.file(shard))
@@ -156,11 +162,9 @@ def _images(dataset: Dataset, config: ExportFeaturesConfig, emit: Emit) -> Itera
                 )
             if found["boxes"] is None:
                 raise PairmillError(f"{dataset.url} {stage.path} row {shard}:{row} has no boxes, which {_STAGE} needs.")
-            mark = hash_of(name)
-            if mark in seen:
+            if not chosen[done - 1]:
                 repeated += 1
                 continue
-            seen.add(mark)
             yield Image(name, _size(size), found)
         emit(Progress(_STAGE, done, 0))
     if repeated:
